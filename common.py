@@ -1,0 +1,755 @@
+"""CleanAT's shared module: what must not drift between methods. Flags, set-up, data, backbones, attacks, checkpoints.
+
+Conventions: images are float32 in [0, 1], (N, C, H, W); labels int64, (N,); a model maps images to float32 logits,
+(N, classes); eps and step sizes are in [0, 1] units, a number or a tensor of one value per sample. Losses passed to
+attacks are per sample: loss(logits, target) -> (N,). Randomness is a pure function of (seed, stream, epoch, step).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: runs work, two of them on one path are not kept apart
+    fcntl = None
+
+# The threat model the field uses on each data set: eps (L-infinity) and PGD's step, with the pixel statistics.
+DATASETS = {
+    "digits": dict(classes=10, shape=(1, 28, 28), eps=0.1, step=0.02, augment=False, mean=(0.307,), std=(0.314,)),
+    "mnist": dict(classes=10, shape=(1, 28, 28), eps=0.3, step=0.01, augment=False, mean=(0.1307,), std=(0.3081,)),
+    "cifar10": dict(classes=10, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment=True,
+                    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+}
+
+
+# ------------------------------------------------------------------------------------------------ errors and flags
+
+class UsageError(Exception):
+    """Something the user can put right: `cli` prints it in one line and exits with status 2, without a traceback."""
+
+
+def cli(main):
+    """Run a script's main() the way a user expects: their mistakes in one line, Ctrl-C without a traceback."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was saved is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `error: ...` in one line instead of the usage of forty flags."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def number(low, high=math.inf, kind=float, above=False):
+    """An argparse type: a number (fractions such as 8/255 too) in [low, high], or in (low, high] if `above`."""
+    def parse(text):
+        try:
+            value = kind(text) if kind is int else float(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+        if not low <= value <= high or (above and value == low):
+            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+        return value
+    return parse
+
+
+unit = number(0, 1, above=True)  # eps and step sizes: in [0, 1] units, 0 < eps <= 1
+count = number(1, kind=int)
+natural = number(0, kind=int)
+
+
+def shared_flags(parser, datasets):
+    """The flags every training script has. A default of None: the paper's value for the data set (see `resolve`)."""
+    flag = parser.add_argument
+    flag("--dataset", choices=list(datasets), default=next(iter(datasets)), help="data set (%(default)s)")
+    flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
+    flag("--model", help="backbone: lenet+, wrn-DEPTH-WIDTH (the paper's for the data set)")
+    flag("--normalize", choices=["none", "dataset", "image"], help="a normalising layer inside the model: by the "
+         "data set's mean and deviation, or image by image (the paper's)")
+    flag("--epochs", type=count, help="training epochs (the paper's)")
+    flag("--batch-size", type=count, help="images per step (the paper's)")
+    flag("--lr", type=number(0, above=True), help="initial learning rate of SGD (the paper's)")
+    flag("--weight-decay", type=number(0), help="weight decay of SGD (the paper's)")
+    flag("--momentum", type=number(0, 1), help="momentum of SGD (the paper's)")
+    flag("--eps", type=unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (the paper's)")
+    flag("--val", type=natural, help="training images kept for validation; 0: none, the last epoch counts (the paper's)")
+    flag("--seed", type=natural, default=0, help="seed of everything random (%(default)s)")
+    flag("--init", metavar="CKPT", help="start from this checkpoint's weights")
+    flag("--ckpt", help="where to write the run (runs/SCRIPT-DATASET-TIME.pt)")
+    flag("--resume", action="store_true", help="go on with the run at --ckpt; start it if there is none")
+    flag("--overwrite", action="store_true", help="replace the run at --ckpt")
+    flag("--limit", type=count, help="train and validate on a fixed random subset of N images")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    flag("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+         help="of training; auto: bfloat16 autocast where the hardware computes in it (%(default)s)")
+    flag("--attack-mode", choices=["eval", "train"], default="eval",
+         help="mode of BatchNorm and dropout while a training attack runs (%(default)s)")
+    wandb_flag(parser)
+
+
+def wandb_flag(parser):
+    parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto", help="Weights & "
+                        "Biases; auto: online where a key is configured, else offline; WANDB_MODE wins (%(default)s)")
+
+
+def resolve(args, paper):
+    """Fill every flag left at None from `paper`, the script's table for this data set; returns args."""
+    for name, value in paper.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.resume and args.overwrite:
+        raise UsageError("--resume continues a run and --overwrite replaces it: give one of them")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+def set_up(device="auto", precision="auto"):
+    """Resolve device and precision; float32 means float32: TF32 is off. Returns (torch.device, "float32"|"bfloat16")."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # AMX or AVX512-BF16: 3 to 4 times faster than float32; elsewhere bfloat16 is emulated and slow
+            fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
+        precision = "bfloat16" if fast else "float32"
+    return device, precision
+
+
+def autocast(device, precision):
+    """The context of a training step: bfloat16 autocast, or nothing in float32. Logits and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def seed_stream(seed, stream, epoch=0, step=0):
+    """Seed torch's generators for one step: a pure function of its arguments, so a resumed run needs no random state."""
+    key = (int.from_bytes(stream.encode(), "little"), epoch, step)
+    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+class Split(NamedTuple):
+    """Part of a data set, on the device: images uint8 (N, C, H, W), labels (N,), index (N,) into the whole split."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+
+    def take(self, rows):
+        return Split(self.images[rows], self.labels[rows], self.index[rows])
+
+
+def subset(n, size, seed=0):
+    """A fixed random `size` of range(n), sorted; all of it where size is None. Independent of --seed."""
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
+    return rows.sort().values
+
+
+def load_train(name, data_dir, val, limit, device):
+    """The training split without and the `val` images kept for validation (a fixed choice); (Split, Split)."""
+    whole = load_split(name, data_dir, "train", device)
+    n = len(whole.labels)
+    if val >= n:
+        raise UsageError(f"--val {val} leaves nothing of the {n} training images of {name}")
+    held_out = torch.zeros(n, dtype=torch.bool)
+    held_out[subset(n, val)] = True
+    train, held_out = whole.take((~held_out).nonzero()[:, 0]), whole.take(held_out.nonzero()[:, 0])
+    return train.take(subset(n - val, limit)), held_out.take(subset(val, limit))
+
+
+def load_test(name, data_dir, limit, device):
+    """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest)."""
+    whole = load_split(name, data_dir, "test", device)
+    return whole.take(subset(len(whole.labels), limit))
+
+
+def load_split(name, data_dir, split, device):
+    """`train` or `test` of a data set, read from {data_dir}/{name}.npz; raises UsageError where that is not possible."""
+    if name not in DATASETS:
+        raise UsageError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    if name == "digits":
+        images, labels = digits(split)
+    else:
+        path = Path(data_dir) / f"{name}.npz"
+        if not path.exists():
+            download(name, path)
+        try:
+            with np.load(path) as arrays:  # lazy: training never reads the test images
+                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        except Exception as error:
+            raise UsageError(f"{path} cannot be read ({error!r}): remove it, or put a sound {name}.npz there")
+        c, h, w = DATASETS[name]["shape"]
+        if images.dtype != np.uint8 or images.shape != (len(labels), h, w, c) or not len(labels):
+            raise UsageError(f"{path}: {split}_images must be uint8 of shape (N, {h}, {w}, {c}) with N {split}_labels")
+        images = images.transpose(0, 3, 1, 2)
+    images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    labels = torch.from_numpy(labels.astype(np.int64)).to(device)
+    return Split(images, labels, torch.arange(len(labels), device=device))
+
+
+def digits(split):
+    """scikit-learn's bundled 1,797 digits of 8x8 pixels, resized to 28x28; a fixed split of 1,437 / 360."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UsageError("the data set 'digits' comes with scikit-learn: pip install scikit-learn")
+    bunch = load_digits()
+    images = F.interpolate(torch.from_numpy(bunch.images / 16).float()[:, None], size=(28, 28), mode="bilinear")
+    images = images.mul(255).round().to(torch.uint8).numpy()
+    rows = np.random.default_rng(0).permutation(len(images))
+    rows = rows[:1437] if split == "train" else rows[1437:]
+    return images[rows], bunch.target[rows]
+
+
+def download(name, path):
+    """Write {name}.npz once from torchvision's download: uint8 NHWC images, int64 labels, train_* and test_*."""
+    sets = getattr(import_torchvision().datasets, {"mnist": "MNIST", "cifar10": "CIFAR10"}[name])
+    print(f"{path} is missing: downloading {name}", flush=True)
+    arrays = {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            part = sets(path.parent, train=split == "train", download=True)
+            images = np.asarray(part.data)
+            arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., None]
+            arrays[f"{split}_labels"] = np.asarray(part.targets, dtype=np.int64)
+        write_beside(path, lambda file: np.savez(file, **arrays))
+    except Exception as error:
+        where = getattr(sets, "mirrors", None) or [getattr(sets, "url", "")]
+        raise UsageError(f"{path} is missing and {name} could not be downloaded from {where[0]} ({error}): put there an "
+                         "npz with train_images, test_images (uint8, NHWC), train_labels, test_labels (int64)")
+
+
+def import_torchvision():
+    """torchvision; beside a CPU-only torch its wheel's compiled operators do not load and the import would fail."""
+    try:
+        import torchvision
+    except RuntimeError:  # declare the two operators it looks up; nothing here calls them
+        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
+            torch.library.define("torchvision::" + schema.split("(")[0], "(" + schema.split("(", 1)[1])
+        import torchvision
+    return torchvision
+
+
+def to_float(images):
+    """uint8 images as the models want them: float32 in [0, 1], channels_last in memory."""
+    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def eval_batches(split, batch_size):
+    """(x, y, rows) over a split in order; `rows` are positions in the split."""
+    for rows in torch.arange(len(split.labels), device=split.labels.device).split(batch_size):
+        yield to_float(split.images[rows]), split.labels[rows], rows
+
+
+def train_batches(split, batch_size, seed, epoch, augment):
+    """(x, y, index) over a shuffled split, with a progress bar; seeds torch for each step before drawing from it.
+
+    `index` is each image's position in the whole training set. `augment`: pad by 4, crop, flip.
+    """
+    seed_stream(seed, "order", epoch)
+    order = torch.randperm(len(split.labels)).to(split.labels.device)
+    bar = tqdm(order.split(batch_size), desc=f"epoch {epoch + 1}", leave=False, disable=None)
+    for step, rows in enumerate(bar):
+        seed_stream(seed, "step", epoch, step)
+        x = to_float(split.images[rows])
+        yield crop_and_flip(x) if augment else x, split.labels[rows], split.index[rows]
+
+
+def crop_and_flip(x, pad=4):
+    """Random crop after zero padding, then a random horizontal flip, per image; (N, C, H, W) in and out."""
+    n, c, h, w = x.shape
+    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1, 1), device=x.device)
+    columns = torch.arange(w, device=x.device).expand(n, 1, w)
+    columns = torch.where(torch.rand(n, 1, 1, device=x.device) < 0.5, columns.flip(2), columns)
+    rows = torch.arange(h, device=x.device)[None, :, None] + top
+    padded = F.pad(x, [pad] * 4).permute(0, 2, 3, 1)
+    crop = padded[torch.arange(n, device=x.device)[:, None, None], rows, columns + left]  # (N, H, W, C)
+    return crop.permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- backbones
+
+class Classifier(nn.Module):
+    """A backbone as attacks and losses see it: takes images in [0, 1], normalises inside, returns float32 logits."""
+
+    def __init__(self, net, normalize, mean, std):
+        super().__init__()
+        self.net, self.normalize = net, normalize
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        if self.normalize == "dataset":
+            x = (x - self.mean) / self.std
+        elif self.normalize == "image":  # the deviation has the usual floor: a constant image maps to zero
+            std = x.flatten(1).std(1, correction=0).clamp(min=x[0].numel() ** -0.5)
+            x = (x - x.mean((1, 2, 3), keepdim=True)) / std.view(-1, 1, 1, 1)
+        return self.net(x).float()
+
+
+def build_model(name, dataset, normalize="none", device="cpu"):
+    """A freshly initialised Classifier for a data set, channels_last; raises UsageError for an unknown backbone."""
+    facts = DATASETS[dataset]
+    channels, height, width = facts["shape"]
+    if name == "lenet+":
+        net = lenet_plus(channels, height, width, facts["classes"])
+    elif match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        depth, widen = map(int, match.groups())
+        blocks = {32: 5}.get(depth, (depth - 4) / 6)  # WRN-32 fits no such depth; the field builds it with five blocks
+        if blocks < 1 or blocks != int(blocks) or widen < 1:
+            raise UsageError(f"--model {name}: the depth of a WRN is 6 n + 4 (10, 16, 22, 28, 34, 40 ...) or 32")
+        net = WideResNet(int(blocks), widen, channels, facts["classes"])
+    else:
+        raise UsageError(f"unknown model {name!r}: choose lenet+ or wrn-DEPTH-WIDTH, as in wrn-28-10")
+    model = Classifier(net, normalize, facts["mean"], facts["std"])
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def lenet_plus(channels, height, width, classes):
+    """LeNet+ (SAT-Rx, table 1); the 5x5 convolutions are padded by 2, so 28x28 images give 3,136 features."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 1024), nn.ReLU(), nn.Linear(1024, classes))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation residual block: BN-ReLU-conv twice; a 1x1 shortcut from the activation where shapes differ."""
+
+    def __init__(self, inside, out, stride):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(out)
+        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inside, out, 1, stride, bias=False) if (inside, 1) != (out, stride) else None
+
+    def forward(self, x):
+        active = F.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(active)
+        return skip + self.conv2(F.relu(self.bn2(self.conv1(active))))
+
+
+class WideResNet(nn.Sequential):
+    """Wide residual network (Zagoruyko and Komodakis 2016): three groups of `blocks`, 16, 32, 64 times `widen` wide."""
+
+    def __init__(self, blocks, widen, channels, classes):
+        widths = [16, 16 * widen, 32 * widen, 64 * widen]
+        groups = [WideBlock(widths[g] if b == 0 else widths[g + 1], widths[g + 1], 2 if g and b == 0 else 1)
+                  for g in range(3) for b in range(blocks)]
+        super().__init__(nn.Conv2d(channels, 16, 3, padding=1, bias=False), *groups, nn.BatchNorm2d(widths[3]),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[3], classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+# --------------------------------------------------------------------------------------------- losses and attacks
+
+def cross_entropy(logits, y):
+    """Cross-entropy per sample, (N,)."""
+    return F.cross_entropy(logits.float(), y, reduction="none")
+
+
+def kl(logits, reference):
+    """KL(softmax(reference) || softmax(logits)) per sample, (N,); finite for any finite logits, gradients into both."""
+    log_p, log_q = F.log_softmax(reference.float(), 1), F.log_softmax(logits.float(), 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def margin(logits, y):
+    """Highest wrong logit minus the true one, per sample: above 0 where misclassified; the loss of PGD-CW."""
+    true = logits.gather(1, y[:, None])[:, 0]
+    return logits.scatter(1, y[:, None], -math.inf).amax(1) - true
+
+
+@contextlib.contextmanager
+def model_mode(model, mode):
+    """Put every submodule into "train" or "eval" mode, and back into its own on leaving, also after an exception."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(mode == "train")
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def input_gradient(model, x, target, loss=cross_entropy):
+    """(gradient of each sample's loss with respect to its image, logits), in the model's present mode, detached.
+
+    Only the input is differentiated: no parameter's .grad is read or written.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = model(x)
+        return torch.autograd.grad(loss(logits, target).sum(), x)[0], logits.detach()
+
+
+def per_sample(value, x):
+    """A number or an (N,) tensor, broadcastable against x (N, C, H, W)."""
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1)).expand(len(x), 1, 1, 1)
+
+
+def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=None, momentum=None, targeted=False,
+                restarts=1, stop_broken=False, mode="eval"):
+    """The gradient loop of every L-infinity attack: x' <- clip(x' + step * sign(g)) into the eps-ball and [0, 1].
+
+    x: images in [0, 1], (N, C, H, W), else ValueError. target: what `loss` compares logits with, a row per sample:
+    labels, or reference logits for kl. eps, step: numbers or (N,) tensors. start: function (x, eps) -> first iterate, x
+    itself by default. momentum: mu of MI-FGSM (SAT-Rx eq. 10), None for plain steps. targeted: descend the loss.
+    stop_broken (evaluation; target = labels): the first iterate that is misclassified is a sample's result, and neither
+    further steps nor further restarts attack it. mode: the model's while attacked, "eval" or "train", restored after.
+    Returns the perturbed images, detached.
+    """
+    if not (x.amin() >= 0 and x.amax() <= 1):
+        raise ValueError("attacks take images in [0, 1]: normalisation belongs inside the model")
+    x, eps, step = x.detach(), per_sample(eps, x), per_sample(step, x) * (-1 if targeted else 1)
+    lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    result, rows = x.clone(), torch.arange(len(x), device=x.device)  # rows: the samples still attacked
+    with model_mode(model, mode):
+        for _ in range(restarts):
+            x_adv = (x if start is None else start(x, eps))[rows]  # drawn for all: no sample's start depends on others
+            velocity = torch.zeros_like(x_adv)
+            for _ in range(steps):
+                grad, logits = input_gradient(model, x_adv, target[rows], loss)
+                if stop_broken:
+                    going = logits.argmax(1) == target[rows]
+                    result[rows[~going]] = x_adv[~going]
+                    rows, x_adv, grad, velocity = rows[going], x_adv[going], grad[going], velocity[going]
+                    if not len(rows):
+                        return result
+                if momentum is not None:
+                    grad = grad / grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
+                    velocity = grad = momentum * velocity + grad
+                x_adv = (x_adv + step[rows] * grad.sign()).clamp(lower[rows], upper[rows])
+            result[rows] = x_adv.clamp(lower[rows], upper[rows])
+            if stop_broken and restarts > 1:
+                with torch.no_grad():
+                    rows = rows[model(result[rows]).argmax(1) == target[rows]]
+    return result
+
+
+def uniform_start(x, eps):
+    """PGD's random start: uniform in the eps-ball, clipped to [0, 1]."""
+    return (x + eps * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
+
+
+def fgsm(model, x, target, eps, **options):
+    """x + eps sign(grad) (Goodfellow et al. 2015; SAT-Rx eq. 1)."""
+    return linf_attack(model, x, target, eps, eps, 1, **options)
+
+
+def rfgsm(model, x, target, eps, alpha, **options):
+    """A step of alpha in a random sign direction, then one of eps - alpha along the gradient (SAT-Rx eqs. 2 and 3)."""
+    def noise(x, eps):  # not clipped before the gradient, as printed; the result is
+        return x + alpha * torch.randn_like(x).sign()
+    return linf_attack(model, x, target, eps, eps - alpha, 1, start=noise, **options)
+
+
+def ifgsm(model, x, target, eps, steps, **options):
+    """Iterative FGSM with steps of eps / steps from x itself (SAT-Rx eqs. 4 and 5)."""
+    return linf_attack(model, x, target, eps, eps / steps, steps, **options)
+
+
+def pgd(model, x, target, eps, step, steps, start=uniform_start, **options):
+    """Projected gradient descent from a random start in the ball (Madry et al. 2018; SAT-Rx eqs. 6 to 8)."""
+    return linf_attack(model, x, target, eps, step, steps, start=start, **options)
+
+
+def mi_fgsm(model, x, target, eps, steps, mu=1.0, **options):
+    """Iterative FGSM with momentum over L1-normalised gradients (Dong et al. 2018; SAT-Rx eqs. 9 to 11)."""
+    return linf_attack(model, x, target, eps, eps / steps, steps, momentum=mu, **options)
+
+
+def correct(model, split, batch_size=500, attack=None):
+    """Which images of a split the model, in eval mode, classifies correctly: bool (N,) on the split's device.
+
+    attack: function (x, y) -> perturbed images; None for clean accuracy.
+    """
+    flags = torch.empty(len(split.labels), dtype=torch.bool, device=split.labels.device)
+    with model_mode(model, "eval"):
+        for x, y, rows in eval_batches(split, batch_size):
+            x = x if attack is None else attack(x, y)
+            with torch.no_grad():
+                flags[rows] = model(x).argmax(1) == y
+    return flags
+
+
+# ----------------------------------------------------------------------------------------------- runs and checkpoints
+
+FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its meaning
+
+
+def write_beside(path, write):
+    """Call write(file) on a temporary file beside `path` and rename it: a reader or a crash never sees half a file."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o666 & ~_umask())
+    os.replace(file.name, path)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_file(path):
+    """A file of torch.save that holds tensors and plain values only, on the CPU; raises UsageError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})")
+    except Exception as error:
+        code = "weights_only" in str(error)
+        raise UsageError(f"{path}: " + ("would run code on loading: refused, save its state_dict instead" if code
+                                        else f"is not a checkpoint, or a damaged one ({type(error).__name__})"))
+
+
+def load_checkpoint(path):
+    """The dictionary that training wrote to `path`, checked to be one."""
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict) or not {"format", "script", "model", "dataset", "best"} <= checkpoint.keys():
+        raise UsageError(f"{path}: is not a checkpoint of a run: train one with --ckpt {path}")
+    if checkpoint["format"] != FORMAT:
+        raise UsageError(f"{path}: has format {checkpoint['format']}, this code reads {FORMAT}")
+    if checkpoint["dataset"] not in DATASETS or checkpoint["normalize"] not in ("none", "dataset", "image"):
+        raise UsageError(f"{path}: names a data set or a normalisation that this code does not have")
+    return checkpoint
+
+
+def load_weights(model, state_dict, path):
+    """Strictly load a backbone's state_dict, also one saved through DDP or torch.compile; UsageError if it differs."""
+    state_dict = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state_dict.items()}
+    try:
+        model.net.load_state_dict(state_dict)
+    except (RuntimeError, AttributeError) as error:
+        raise UsageError(f"{path}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})")
+
+
+def load_model(path, weights="best", device="cpu"):
+    """(Classifier in eval mode with the `best` or `last` weights, checkpoint dictionary) of a run's file."""
+    checkpoint = load_checkpoint(path)
+    if not checkpoint.get(weights):
+        raise UsageError(f"{path}: holds no {weights} weights")
+    model = build_model(checkpoint["model"], checkpoint["dataset"], checkpoint["normalize"], device)
+    load_weights(model, checkpoint[weights]["state_dict"], path)
+    return model.eval(), checkpoint
+
+
+def weights_sha256(state_dict):
+    """sha256 over names and values: the identity of a network in everything that is measured of it."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        digest.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance():
+    """What a number needs beside it: the command, the commit, the hardware and the versions; plain values."""
+    folder = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True, text=True) \
+        if (folder / ".git").exists() else None
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        hardware = f"CPU, {torch.get_num_threads()} threads"
+    return dict(command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                commit=git.stdout.strip() if git else "", hardware=hardware,
+                versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__))
+
+
+class Meter:
+    """Sample-weighted means of named scalars. They gather on the device and are read every 50 steps, when a value that
+    is not finite ends the run (UsageError) with epoch, step and term named."""
+
+    def __init__(self, epoch):
+        self.epoch, self.step, self.rows, self.sizes, self.total, self.n = epoch, 0, [], [], 0, 0
+
+    def add(self, size, terms):
+        """terms: name -> scalar tensor, a mean over `size` samples."""
+        self.names = list(terms)
+        self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+        self.sizes.append(size)
+        if len(self.rows) == 50:
+            self.read()
+
+    def read(self):
+        """Check and sum what has gathered; returns name -> mean so far."""
+        if self.rows:
+            rows, sizes = torch.stack(self.rows).cpu().double(), torch.tensor(self.sizes, dtype=torch.float64)
+            for step, term in (~rows.isfinite()).nonzero():
+                raise UsageError(f"{self.names[term]} is {rows[step, term]:.0f} at epoch {self.epoch + 1}, step "
+                                 f"{self.step + step + 1}: the run ends, what was saved before is kept (a lower --lr?)")
+            self.total, self.n = self.total + sizes @ rows, self.n + sizes.sum()
+            self.step, self.rows, self.sizes = self.step + len(rows), [], []
+        return dict(zip(self.names, (self.total / self.n).tolist()))
+
+
+class Run:
+    """A training run on disk and in W&B: PATH.pt to use, PATH.resume.pt to go on from, PATH.jsonl, a line per epoch."""
+
+    FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "wandb")  # what a resumed run may change
+
+    def __init__(self, script, config):
+        """script: the script's name; config: its resolved flags, plain values. Refuses, in one line, a path in use."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.path = Path(config["ckpt"] or f"runs/{script}-{config['dataset']}-{stamp}.pt")
+        self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
+        if self.path.suffix != ".pt":
+            raise UsageError(f"--ckpt {self.path}: the name must end in .pt")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(f"{self.path}.lock", "w")
+        except OSError as error:
+            raise UsageError(f"--ckpt {self.path}: cannot be written ({error.strerror})")
+        try:
+            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"--ckpt {self.path}: another run is writing it")
+        self.script, self.config = script, config
+        self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
+        if self.state is None and not config["overwrite"] and (self.path.exists() or self.resume_path.exists()):
+            raise UsageError(f"{self.path} exists" + (": --resume goes on with it, --overwrite replaces it"
+                                                      if self.resume_path.exists() else ": --overwrite replaces it"))
+        self.history, self.best, self.wandb_id = [], None, None
+        if self.state:
+            self.adopt(self.state)
+        for name, value in dict(config, run=str(self.path)).items():
+            print(f"{name:>16}  {value}")
+        self.wandb = wandb_run(config, script, self.path, self.wandb_id)
+        self.wandb_id = getattr(self.wandb, "id", self.wandb_id)
+
+    def adopt(self, state):
+        """Take over an interrupted run's history, after checking that it is this run."""
+        old, new = state["args"], self.config
+        differ = [k for k in new if k not in self.FREE and (k not in old or old[k] != new[k])]
+        if state["script"] != self.script or differ:
+            raise UsageError(f"{self.resume_path} is of another run of {state['script']}: " + ", ".join(
+                f"--{k.replace('_', '-')} was {old.get(k)}, is {new[k]}" for k in differ))
+        self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+
+    def restore(self, model, optimizer):
+        """Load the interrupted run, if there is one, into model and optimizer; returns the next epoch, from 0."""
+        if not self.state:
+            return 0
+        load_weights(model, self.state["last"]["state_dict"], self.resume_path)
+        optimizer.load_state_dict(self.state["optimizer"])
+        epoch, self.state = self.state["last"]["epoch"], None
+        print(f"{self.path}: " + (f"goes on after epoch {epoch}" if epoch < self.config["epochs"] else "is finished"))
+        return epoch
+
+    def finish_epoch(self, model, optimizer, row, metric=None, method_state=None):
+        """Keep the best weights (highest `metric`; the last where it is None), save, log and print an epoch.
+
+        row: name -> number, with "epoch" counted from 1. run.resume.pt alone suffices to go on; it is written last.
+        """
+        self.history.append(row)
+        state = {name: value.detach().cpu().clone() for name, value in model.net.state_dict().items()}
+        if metric is None or self.best is None or metric > self.best["metric"]:
+            self.best = dict(epoch=row["epoch"], metric=metric, state_dict=state)
+        config, facts = self.config, DATASETS[self.config["dataset"]]
+        saved = dict(format=FORMAT, script=self.script, model=config["model"], dataset=config["dataset"],
+                     num_classes=facts["classes"], input_shape=facts["shape"], normalize=config["normalize"], args=config,
+                     provenance=provenance(), history=self.history, method_state=method_state, wandb_id=self.wandb_id,
+                     best=self.best, last=dict(epoch=row["epoch"], state_dict=state))
+        write_beside(self.path, lambda file: torch.save(saved, file))
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_beside(self.log_path, lambda file: file.write(lines.encode()))
+        write_beside(self.resume_path, lambda file: torch.save(dict(saved, optimizer=optimizer.state_dict()), file))
+        if self.wandb:
+            self.wandb.log(row)
+        print_row(row, self.config["epochs"], header=not getattr(self, "printed", False))
+        self.printed = True
+
+    def close(self):
+        """End the W&B run and release the path."""
+        if self.wandb:
+            self.wandb.finish()
+        self.lock.close()
+        print(f"{self.path}: epoch {self.best['epoch']} is the best; python evaluate.py --ckpt {self.path}")
+
+
+def print_row(row, epochs, header):
+    """One aligned line for an epoch; the header names each column by what follows the slash in its name."""
+    names = [name.split("/")[-1] for name in row]
+    if header:
+        print(" ".join(f"{name:>{max(8, len(name))}}" for name in names))
+    cells = [f"{value}/{epochs}" if name == "epoch" else f"{value:.4g}" for name, value in row.items()]
+    print(" ".join(f"{cell:>{max(8, len(name))}}" for name, cell in zip(names, cells)), flush=True)
+
+
+def wandb_run(config, script, path, run_id=None):
+    """A W&B run (or None) that never asks and never stops a run: what fails costs one line and continues offline."""
+    mode = os.environ.get("WANDB_MODE") or config["wandb"]
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        print("wandb is not installed: logging to local files only")
+        return None
+    if mode == "auto":
+        try:
+            key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+        except Exception:
+            key = None
+        mode = "online" if key else "offline"
+    settings = dict(silent=True, init_timeout=20, console="off")
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            run = wandb.init(project="cleanat", name=f"{script}-{path.stem}", config=config, id=run_id, resume="allow",
+                             mode=attempt, dir=path.parent, settings=wandb.Settings(**settings))
+            run.define_metric("epoch")
+            run.define_metric("*", step_metric="epoch")
+            return run
+        except Exception as error:
+            print(f"W&B {attempt}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    return None
