@@ -12,14 +12,15 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from fractions import Fraction
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ def shared_flags(parser, datasets):
     flag("--weight-decay", type=number(0), help="weight decay of SGD (the paper's)")
     flag("--momentum", type=number(0, 1), help="momentum of SGD (the paper's)")
     flag("--eps", type=unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (the paper's)")
-    flag("--val", type=natural, help="training images kept for validation; 0: none, the last epoch counts (the paper's)")
+    flag("--val", type=natural, help="training images kept for validation; 0: none, the last epoch counts as the best "
+         "(the paper's)")
     flag("--seed", type=natural, default=0, help="seed of everything random (%(default)s)")
     flag("--init", metavar="CKPT", help="start from this checkpoint's weights")
     flag("--ckpt", help="where to write the run (runs/SCRIPT-DATASET-TIME.pt)")
@@ -136,9 +138,10 @@ def resolve(args, paper):
 # ---------------------------------------------------------------------------------------------------------- set-up
 
 def set_up(device="auto", precision="auto"):
-    """Resolve device and precision; float32 means float32: TF32 is off. Returns (torch.device, "float32"|"bfloat16")."""
+    """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means float32: TF32 is off."""
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(best if device == "auto" else device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}")
@@ -147,7 +150,7 @@ def set_up(device="auto", precision="auto"):
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # AMX or AVX512-BF16: 3 to 4 times faster than float32; elsewhere bfloat16 is emulated and slow
-            fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
+            fast = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
         precision = "bfloat16" if fast else "float32"
     return device, precision
 
@@ -158,7 +161,7 @@ def autocast(device, precision):
 
 
 def seed_stream(seed, stream, epoch=0, step=0):
-    """Seed torch's generators for one step: a pure function of its arguments, so a resumed run needs no random state."""
+    """Seed torch's generators by a pure function of the arguments: a resumed run needs no saved random state."""
     key = (int.from_bytes(stream.encode(), "little"), epoch, step)
     torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]))
 
@@ -200,7 +203,7 @@ def load_test(name, data_dir, limit, device):
 
 
 def load_split(name, data_dir, split, device):
-    """`train` or `test` of a data set, read from {data_dir}/{name}.npz; raises UsageError where that is not possible."""
+    """The whole "train" or "test" Split of a data set, from {data_dir}/{name}.npz; UsageError where that fails."""
     if name not in DATASETS:
         raise UsageError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
     if name == "digits":
@@ -252,8 +255,8 @@ def download(name, path):
         write_beside(path, lambda file: np.savez(file, **arrays))
     except Exception as error:
         where = getattr(sets, "mirrors", None) or [getattr(sets, "url", "")]
-        raise UsageError(f"{path} is missing and {name} could not be downloaded from {where[0]} ({error}): put there an "
-                         "npz with train_images, test_images (uint8, NHWC), train_labels, test_labels (int64)")
+        raise UsageError(f"{path} is missing and {name} could not be downloaded from {where[0]} ({error}): put an npz "
+                         "there with train_images, test_images (uint8, NHWC), train_labels, test_labels (int64)")
 
 
 def import_torchvision():
@@ -273,9 +276,14 @@ def to_float(images):
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
-def eval_batches(split, batch_size):
-    """(x, y, rows) over a split in order; `rows` are positions in the split."""
-    for rows in torch.arange(len(split.labels), device=split.labels.device).split(batch_size):
+def progress(batches, name):
+    """A progress bar over a sequence while standard error is a terminal."""
+    return tqdm(batches, desc=name, leave=False, disable=None)
+
+
+def eval_batches(split, batch_size, name="evaluating"):
+    """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split."""
+    for rows in progress(torch.arange(len(split.labels), device=split.labels.device).split(batch_size), name):
         yield to_float(split.images[rows]), split.labels[rows], rows
 
 
@@ -286,8 +294,7 @@ def train_batches(split, batch_size, seed, epoch, augment):
     """
     seed_stream(seed, "order", epoch)
     order = torch.randperm(len(split.labels)).to(split.labels.device)
-    bar = tqdm(order.split(batch_size), desc=f"epoch {epoch + 1}", leave=False, disable=None)
-    for step, rows in enumerate(bar):
+    for step, rows in enumerate(progress(order.split(batch_size), f"epoch {epoch + 1}")):
         seed_stream(seed, "step", epoch, step)
         x = to_float(split.images[rows])
         yield crop_and_flip(x) if augment else x, split.labels[rows], split.index[rows]
@@ -322,7 +329,8 @@ class Classifier(nn.Module):
         elif self.normalize == "image":  # the deviation has the usual floor: a constant image maps to zero
             std = x.flatten(1).std(1, correction=0).clamp(min=x[0].numel() ** -0.5)
             x = (x - x.mean((1, 2, 3), keepdim=True)) / std.view(-1, 1, 1, 1)
-        return self.net(x).float()
+        logits = self.net(x)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def build_model(name, dataset, normalize="none", device="cpu"):
@@ -385,12 +393,12 @@ class WideResNet(nn.Sequential):
 
 def cross_entropy(logits, y):
     """Cross-entropy per sample, (N,)."""
-    return F.cross_entropy(logits.float(), y, reduction="none")
+    return F.cross_entropy(logits, y, reduction="none")
 
 
 def kl(logits, reference):
     """KL(softmax(reference) || softmax(logits)) per sample, (N,); finite for any finite logits, gradients into both."""
-    log_p, log_q = F.log_softmax(reference.float(), 1), F.log_softmax(logits.float(), 1)
+    log_p, log_q = F.log_softmax(reference, 1), F.log_softmax(logits, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
@@ -519,28 +527,17 @@ FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its 
 
 
 def write_beside(path, write):
-    """Call write(file) on a temporary file beside `path` and rename it: a reader or a crash never sees half a file."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o666 & ~_umask())
-    os.replace(file.name, path)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Call write(file) on PATH.part and rename it to PATH: a reader, or a crash, never sees half a file."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def load_file(path):
-    """A file of torch.save that holds tensors and plain values only, on the CPU; raises UsageError for anything else."""
+    """A file of torch.save with tensors and plain values only, onto the CPU; UsageError for anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -548,16 +545,16 @@ def load_file(path):
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})")
     except Exception as error:
-        code = "weights_only" in str(error)
-        raise UsageError(f"{path}: " + ("would run code on loading: refused, save its state_dict instead" if code
-                                        else f"is not a checkpoint, or a damaged one ({type(error).__name__})"))
+        code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
+        raise UsageError(f"{path}: " + ("refused: loading it would run code, save its state_dict instead" if code
+                                        else f"not a checkpoint, or a damaged one ({type(error).__name__})"))
 
 
 def load_checkpoint(path):
     """The dictionary that training wrote to `path`, checked to be one."""
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {"format", "script", "model", "dataset", "best"} <= checkpoint.keys():
-        raise UsageError(f"{path}: is not a checkpoint of a run: train one with --ckpt {path}")
+        raise UsageError(f"{path}: not a checkpoint of a run")
     if checkpoint["format"] != FORMAT:
         raise UsageError(f"{path}: has format {checkpoint['format']}, this code reads {FORMAT}")
     if checkpoint["dataset"] not in DATASETS or checkpoint["normalize"] not in ("none", "dataset", "image"):
@@ -593,16 +590,15 @@ def weights_sha256(state_dict):
 
 
 def provenance():
-    """What a number needs beside it: the command, the commit, the hardware and the versions; plain values."""
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True, text=True) \
-        if (folder / ".git").exists() else None
-    if torch.cuda.is_available():
-        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        hardware = f"CPU, {torch.get_num_threads()} threads"
-    return dict(command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-                commit=git.stdout.strip() if git else "", hardware=hardware,
+    """What a number needs beside it: command, commit, hardware and versions, as plain values."""
+    try:
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    gpu = torch.cuda.is_available()
+    return dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit,
+                hardware=torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
                 versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__))
 
 
@@ -639,42 +635,48 @@ class Run:
     FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "wandb")  # what a resumed run may change
 
     def __init__(self, script, config):
-        """script: the script's name; config: its resolved flags, plain values. Refuses, in one line, a path in use."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.path = Path(config["ckpt"] or f"runs/{script}-{config['dataset']}-{stamp}.pt")
+        """script: its name; config: its resolved flags, plain values. UsageError where the path cannot be used."""
+        default = f"runs/{script}-{config['dataset']}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
+        self.script, self.config, self.path = script, config, Path(config["ckpt"] or default)
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
+        self.provenance, self.history, self.best, self.wandb_id = provenance(), [], None, None
+        self.lock_path()
+        resumable = self.resume_path.exists()
+        if (self.path.exists() or resumable) and not config["overwrite"] and not (config["resume"] and resumable):
+            go_on = "--resume goes on with it, " if resumable else ""
+            raise UsageError(f"{self.path} exists: {go_on}--overwrite replaces it")
+        self.state = load_file(self.resume_path) if config["resume"] and resumable else None
+        if self.state:
+            self.adopt(self.state)
+        for name, value in dict(config, ckpt=str(self.path)).items():
+            print(f"{name.replace('_', '-'):>14}  {value}")
+        self.wandb = wandb_run(config, script, self.path, self.wandb_id)
+
+    def lock_path(self):
+        """Take PATH.lock, so that no second run writes to the same path."""
         if self.path.suffix != ".pt":
             raise UsageError(f"--ckpt {self.path}: the name must end in .pt")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = open(f"{self.path}.lock", "w")
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--ckpt {self.path}: another run is writing it")
         except OSError as error:
             raise UsageError(f"--ckpt {self.path}: cannot be written ({error.strerror})")
-        try:
-            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"--ckpt {self.path}: another run is writing it")
-        self.script, self.config = script, config
-        self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
-        if self.state is None and not config["overwrite"] and (self.path.exists() or self.resume_path.exists()):
-            raise UsageError(f"{self.path} exists" + (": --resume goes on with it, --overwrite replaces it"
-                                                      if self.resume_path.exists() else ": --overwrite replaces it"))
-        self.history, self.best, self.wandb_id = [], None, None
-        if self.state:
-            self.adopt(self.state)
-        for name, value in dict(config, run=str(self.path)).items():
-            print(f"{name:>16}  {value}")
-        self.wandb = wandb_run(config, script, self.path, self.wandb_id)
-        self.wandb_id = getattr(self.wandb, "id", self.wandb_id)
 
     def adopt(self, state):
         """Take over an interrupted run's history, after checking that it is this run."""
-        old, new = state["args"], self.config
-        differ = [k for k in new if k not in self.FREE and (k not in old or old[k] != new[k])]
-        if state["script"] != self.script or differ:
-            raise UsageError(f"{self.resume_path} is of another run of {state['script']}: " + ", ".join(
-                f"--{k.replace('_', '-')} was {old.get(k)}, is {new[k]}" for k in differ))
-        self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+        try:
+            old, new = dict(state["args"], script=state["script"]), dict(self.config, script=self.script)
+            self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+        except (KeyError, TypeError):
+            raise UsageError(f"{self.resume_path}: is not what an interrupted run leaves")
+        differ = [f"{k.replace('_', '-')} was {old.get(k)}, is {new[k]}" for k in new
+                  if k not in self.FREE and (k not in old or old[k] != new[k])]
+        if differ:
+            raise UsageError(f"{self.resume_path} is of a run with other flags: {'; '.join(differ)}")
 
     def restore(self, model, optimizer):
         """Load the interrupted run, if there is one, into model and optimizer; returns the next epoch, from 0."""
@@ -693,41 +695,40 @@ class Run:
         """
         self.history.append(row)
         state = {name: value.detach().cpu().clone() for name, value in model.net.state_dict().items()}
+        last = dict(epoch=row["epoch"], state_dict=state)
         if metric is None or self.best is None or metric > self.best["metric"]:
-            self.best = dict(epoch=row["epoch"], metric=metric, state_dict=state)
+            self.best = dict(last, metric=metric)
         config, facts = self.config, DATASETS[self.config["dataset"]]
         saved = dict(format=FORMAT, script=self.script, model=config["model"], dataset=config["dataset"],
-                     num_classes=facts["classes"], input_shape=facts["shape"], normalize=config["normalize"], args=config,
-                     provenance=provenance(), history=self.history, method_state=method_state, wandb_id=self.wandb_id,
-                     best=self.best, last=dict(epoch=row["epoch"], state_dict=state))
+                     num_classes=facts["classes"], input_shape=facts["shape"], normalize=config["normalize"],
+                     args=config, provenance=self.provenance, history=self.history, method_state=method_state,
+                     wandb_id=self.wandb.id if self.wandb else self.wandb_id, best=self.best, last=last)
         write_beside(self.path, lambda file: torch.save(saved, file))
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_beside(self.log_path, lambda file: file.write(lines.encode()))
         write_beside(self.resume_path, lambda file: torch.save(dict(saved, optimizer=optimizer.state_dict()), file))
         if self.wandb:
             self.wandb.log(row)
-        print_row(row, self.config["epochs"], header=not getattr(self, "printed", False))
-        self.printed = True
+        print_row(row, config["epochs"])
 
     def close(self):
         """End the W&B run and release the path."""
         if self.wandb:
             self.wandb.finish()
         self.lock.close()
-        print(f"{self.path}: epoch {self.best['epoch']} is the best; python evaluate.py --ckpt {self.path}")
+        print(f"{self.path}: the best epoch is {self.best['epoch']}; python evaluate.py --ckpt {self.path}")
 
 
-def print_row(row, epochs, header):
-    """One aligned line for an epoch; the header names each column by what follows the slash in its name."""
+def print_row(row, epochs):
+    """One aligned line for an epoch, every ten with a header that names each column by what follows the slash."""
     names = [name.split("/")[-1] for name in row]
-    if header:
-        print(" ".join(f"{name:>{max(8, len(name))}}" for name in names))
     cells = [f"{value}/{epochs}" if name == "epoch" else f"{value:.4g}" for name, value in row.items()]
-    print(" ".join(f"{cell:>{max(8, len(name))}}" for name, cell in zip(names, cells)), flush=True)
+    for line in (names, cells) if row["epoch"] % 10 == 1 else (cells,):
+        print(" ".join(f"{cell:>{max(8, len(name))}}" for name, cell in zip(names, line)), flush=True)
 
 
 def wandb_run(config, script, path, run_id=None):
-    """A W&B run (or None) that never asks and never stops a run: what fails costs one line and continues offline."""
+    """A W&B run, or None; it never asks and never stops a run: what fails costs one line and continues offline."""
     mode = os.environ.get("WANDB_MODE") or config["wandb"]
     if mode == "disabled":
         return None
@@ -737,19 +738,18 @@ def wandb_run(config, script, path, run_id=None):
         print("wandb is not installed: logging to local files only")
         return None
     if mode == "auto":
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
         try:
-            key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-        except Exception:
+            key = os.environ.get("WANDB_API_KEY") or netrc().authenticators(host)
+        except (OSError, NetrcParseError):
             key = None
         mode = "online" if key else "offline"
-    settings = dict(silent=True, init_timeout=20, console="off")
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             run = wandb.init(project="cleanat", name=f"{script}-{path.stem}", config=config, id=run_id, resume="allow",
-                             mode=attempt, dir=path.parent, settings=wandb.Settings(**settings))
+                             mode=attempt, dir=path.parent, settings=wandb.Settings(silent=True, init_timeout=20))
             run.define_metric("epoch")
             run.define_metric("*", step_metric="epoch")
             return run
         except Exception as error:
-            print(f"W&B {attempt}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    return None
+            print(f"W&B {attempt} failed: {(str(error) or type(error).__name__).splitlines()[0]}")

@@ -1,0 +1,70 @@
+"""Shared pieces of the tests: the path, small networks, and two networks trained on real digits."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import evaluate
+import sat_rx
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No test talks to W&B unless it says so."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def run_main(main, script, *words):
+    """Call a script's main() in this process as the command line would; UsageError passes through."""
+    before, sys.argv = sys.argv, [script, *map(str, words)]
+    try:
+        main()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    """train(method, *flags) -> path of a sat_rx.py run on digits; each combination is trained once a session."""
+    done = {}
+
+    def get(method, *flags):
+        if (method, *flags) not in done:
+            path = tmp_path_factory.mktemp("runs") / f"{method}.pt"
+            words = ["--method", method, "--dataset", "digits", "--ckpt", path, "--wandb", "disabled", *flags]
+            run_main(sat_rx.main, "sat_rx.py", *words)
+            done[method, *flags] = path
+        return done[method, *flags]
+    return get
+
+
+class Linear(nn.Module):
+    """Logits W x + b: every attack has a closed form. Keeps its weights as .weight (classes, pixels)."""
+
+    def __init__(self, shape=(1, 4, 4), classes=3, seed=0, scale=1.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        pixels = shape[0] * shape[1] * shape[2]
+        self.layer = nn.Linear(pixels, classes)
+        self.layer.weight.data = scale * torch.randn(classes, pixels)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+class SmallNet(nn.Sequential):
+    """A convolutional network with BatchNorm and dropout, whose mode matters."""
+
+    def __init__(self, channels=1, classes=5):
+        super().__init__(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+                         nn.LazyLinear(classes))
+
+
+def plain(net):
+    """A network as a Classifier without normalisation."""
+    return common.Classifier(net, "none", (0.0,), (1.0,))

@@ -1,0 +1,239 @@
+"""The attacks and losses against closed forms, against foolbox, and against the traps of adversarial-training code."""
+
+import math
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import evaluate
+from conftest import Linear, SmallNet
+
+ATTACKS = {
+    "fgsm": lambda m, x, y, eps, **o: common.fgsm(m, x, y, eps, **o),
+    "rfgsm": lambda m, x, y, eps, **o: common.rfgsm(m, x, y, eps, 0.02, **o),
+    "ifgsm": lambda m, x, y, eps, **o: common.ifgsm(m, x, y, eps, 5, **o),
+    "pgd": lambda m, x, y, eps, **o: common.pgd(m, x, y, eps, 0.05, 5, **o),
+    "pgd-cw": lambda m, x, y, eps, **o: common.pgd(m, x, y, eps, 0.05, 5, loss=common.margin, **o),
+    "mi-fgsm": lambda m, x, y, eps, **o: common.mi_fgsm(m, x, y, eps, 5, **o),
+}
+
+
+def batch(n=16, shape=(1, 4, 4), classes=3, low=0.0, high=1.0, seed=1):
+    torch.manual_seed(seed)
+    return low + (high - low) * torch.rand(n, *shape), torch.randint(0, classes, (n,))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "ifgsm", "pgd", "pgd-cw", "mi-fgsm"])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_closed_form_on_two_classes(name, targeted):
+    """On a linear model the optimum moves every pixel by exactly eps along the sign of the weight difference."""
+    model, (x, y) = Linear(classes=2), batch(classes=2, low=0.3, high=0.7)
+    x_adv = ATTACKS[name](model, x, y, 0.1, targeted=targeted)
+    weight = model.layer.weight.detach()
+    away = (weight[1 - y] - weight[y]).view_as(x).sign() * (-1 if targeted else 1)
+    torch.testing.assert_close(x_adv, x + 0.1 * away)
+
+
+def test_rfgsm_closed_form():
+    """Eqs. 2 and 3: alpha along a random sign, then eps - alpha along the gradient's sign."""
+    model, (x, y) = Linear(classes=2), batch(classes=2, low=0.3, high=0.7)
+    weight = model.layer.weight.detach()
+    toward = (weight[1 - y] - weight[y]).view_as(x).sign()
+    step = (common.rfgsm(model, x, y, 0.1, 0.02) - x) * toward
+    agree, against = (step - 0.1).abs() < 1e-6, (step - 0.06).abs() < 1e-6
+    assert (agree | against).all() and 0.3 < agree.float().mean() < 0.7
+
+
+def test_mi_fgsm_against_a_plain_loop():
+    """Eqs. 9 to 11, one sample at a time, on a network where the gradient turns."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
+    for p in model.parameters():
+        p.data *= 3
+    x, y = batch()
+    ours = common.mi_fgsm(model, x, y, 0.3, 7, mu=0.9)
+    for i in range(len(x)):
+        point, momentum = x[i:i + 1].clone(), 0
+        for _ in range(7):
+            point.requires_grad_(True)
+            grad, = torch.autograd.grad(F.cross_entropy(model(point), y[i:i + 1]), point)
+            momentum = 0.9 * momentum + grad / grad.abs().sum()
+            point = torch.min(torch.max(point.detach() + 0.3 / 7 * momentum.sign(), x[i:i + 1] - 0.3), x[i:i + 1] + 0.3)
+            point = point.clamp(0, 1)
+        torch.testing.assert_close(ours[i:i + 1], point)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_inside_ball_and_box_and_reaching_both(name):
+    """Per-sample eps: the bound holds for each sample and is reached; near the border of [0, 1] the image is clipped."""
+    model, (x, y) = Linear(), batch()
+    x[:, :, 0] = 0.01
+    eps = torch.linspace(0.03, 0.2, len(x))
+    delta = ATTACKS[name](model, x, y, eps) - x
+    norm = delta.abs().amax((1, 2, 3))
+    assert (norm <= eps + 1e-6).all() and (norm >= eps - 1e-6).all()
+    assert (x + delta).amin() == 0 and (x + delta).amax() <= 1
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_model_is_left_as_it_was(name):
+    """No parameter's .grad, no BatchNorm buffer and no submodule's mode changes, also after an exception."""
+    x, y = batch(shape=(1, 6, 6), classes=5)
+    model = SmallNet()
+    model(x)
+    model.train()
+    model[1].eval()  # a frozen BatchNorm inside a training network
+    modes = [module.training for module in model.modules()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    buffers = {k: v.clone() for k, v in model.state_dict().items()}
+    ATTACKS[name](model, x, y, 0.1)
+    with pytest.raises(RuntimeError):
+        ATTACKS[name](model, x[:, :, 1:], y, 0.1)
+    assert modes == [module.training for module in model.modules()]
+    assert all((p.grad == 1).all() for p in model.parameters())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in buffers.items())
+    model.train()
+    ATTACKS[name](model, x, y, 0.1, mode="train")
+    assert not torch.equal(buffers["1.running_mean"], model.state_dict()["1.running_mean"])
+
+
+def test_eval_mode_makes_samples_independent():
+    """In eval mode a batch gives each sample what it gets alone; in train mode it does not (the test can fail)."""
+    x, y = batch(shape=(1, 6, 6), classes=5)
+    model = SmallNet()
+    model(x)
+    model.train()
+    together, alone = common.ifgsm(model, x, y, 0.2, 3), common.ifgsm(model, x[3:4], y[3:4], 0.2, 3)
+    torch.testing.assert_close(together[3:4], alone)
+    trained = common.ifgsm(model, x, y, 0.2, 3, mode="train")
+    assert not torch.allclose(trained, together)
+
+
+def test_random_start():
+    """With a vanishing step PGD returns its start: not x, inside ball and box, different by seed, same by seed."""
+    model, (x, y) = Linear(), batch()
+    starts = []
+    for seed in (11, 11, 12):
+        torch.manual_seed(seed)
+        starts.append(common.pgd(model, x, y, 0.3, 0.0, 3))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    delta = starts[0] - x
+    assert 0.25 < delta.abs().max() <= 0.3 + 1e-6 and starts[0].min() == 0 and starts[0].max() == 1
+
+
+@pytest.mark.parametrize("wrong", [-0.01, 1.01, math.nan])
+def test_images_outside_the_unit_box_are_refused(wrong):
+    model, (x, y) = Linear(), batch()
+    x[2, 0, 1, 1] = wrong
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        common.fgsm(model, x, y, 0.1)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_margin(classes):
+    """Against numpy; a shift of all logits changes nothing; a targeted attack lowers it; any number of classes."""
+    torch.manual_seed(0)
+    logits, y = torch.randn(8, classes), torch.randint(0, classes, (8,))
+    z = logits.numpy()
+    expected = [max(np.delete(z[i], y[i])) - z[i, y[i]] for i in range(8)]
+    torch.testing.assert_close(common.margin(logits, y), torch.tensor(expected))
+    torch.testing.assert_close(common.margin(logits - 1000, y), common.margin(logits, y), atol=1e-3, rtol=0)
+    model, (x, y) = Linear(classes=classes), batch(classes=classes)
+    before = common.margin(model(x), y)
+    assert (common.margin(model(common.pgd(model, x, y, 0.1, 0.05, 5, loss=common.margin)), y) > before).all()
+    lower = common.pgd(model, x, y, 0.1, 0.05, 5, loss=common.margin, targeted=True)
+    assert (common.margin(model(lower), y) < before).all()
+
+
+def test_losses_stay_finite_with_huge_logits():
+    """KL and cross-entropy, forward and backward, with logits of +-1e4; KL against torch's own where it is tame."""
+    logits = (torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 5.0]])).requires_grad_(True)
+    reference = (torch.tensor([[-1e4, 1e4, 3.0], [1e4, 1e4, -1e4]])).requires_grad_(True)
+    total = common.kl(logits, reference).sum() + common.cross_entropy(logits, torch.tensor([1, 2])).sum()
+    total.backward()
+    assert total.isfinite() and logits.grad.isfinite().all() and reference.grad.isfinite().all()
+    p, q = torch.randn(6, 4), torch.randn(6, 4)
+    expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=z) for z in (p, q)))
+    torch.testing.assert_close(common.kl(q, p), expected)
+
+
+def test_kl_as_attack_loss_takes_reference_logits():
+    """The TRADES adversary: KL(p(x) || p(x')) rises from a start that is not x."""
+    model, (x, _) = Linear(), batch()
+    reference = model(x).detach()
+    x_adv = common.pgd(model, x, reference, 0.1, 0.03, 5, loss=common.kl)
+    start = common.pgd(model, x, reference, 0.1, 0.0, 1, loss=common.kl)
+    assert common.kl(model(x_adv), reference).mean() > 2 * common.kl(model(start), reference).mean() > 0
+
+
+def test_stopping_early_never_helps_the_defender():
+    """stop_broken and restarts: a sample broken by fewer is broken by more, and both really matter here."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 60), torch.nn.Tanh(), torch.nn.Linear(60, 4))
+    for p in model.parameters():
+        p.data *= 4
+    x, _ = batch(400)
+    y = model(x).argmax(1)
+
+    def broken(**options):
+        torch.manual_seed(0)
+        x_adv = common.pgd(model, x, y, 0.05, 0.02, 6, **options)
+        assert (x_adv - x).abs().max() <= 0.05 + 1e-6
+        return model(x_adv).argmax(1) != y
+    last, any_step, five = broken(), broken(stop_broken=True), broken(stop_broken=True, restarts=5)
+    assert 0.2 < last.float().mean() < 0.8
+    assert not (last & ~any_step).any() and not (any_step & ~five).any() and five.sum() > last.sum()
+
+
+def test_stopping_early_saves_passes():
+    """Samples already broken are not attacked again: a network that is always wrong costs one pass."""
+    model, (x, _) = Linear(), batch()
+    sizes, forward = [], model.forward
+    model.forward = lambda x: (sizes.append(len(x)), forward(x))[1]
+    wrong = (model(x).argmax(1) + 1) % 3
+    sizes.clear()
+    common.ifgsm(model, x, wrong, 0.1, 50, stop_broken=True)
+    assert sizes == [len(x)]
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    """A robust network on digits and its test images."""
+    model, _ = common.load_model(train("r2", "--epochs", "6"))
+    return model, common.load_test("digits", "data", 200, "cpu")
+
+
+def accuracy_of_foolbox(attack, model, test, eps):
+    fmodel = foolbox.PyTorchModel(model, bounds=(0, 1))
+    _, _, success = attack(fmodel, common.to_float(test.images), test.labels, epsilons=eps)
+    return 1 - success.double().mean().item()
+
+
+@pytest.mark.parametrize("name, oracle, slack", [
+    ("fgsm", foolbox.attacks.LinfFastGradientAttack(), 0.0),
+    ("ifgsm-10", foolbox.attacks.LinfBasicIterativeAttack(rel_stepsize=0.1, steps=10, random_start=False), 0.003),
+    ("pgd-20", foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=20), 0.01),
+    ("pgd-cw-20", foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=20), 0.02)])
+def test_as_strong_as_foolbox(trained, name, oracle, slack):
+    """At equal budget, where between 20 and 80 % survive: FGSM equal, iterative ones at least as strong."""
+    model, test = trained
+    for eps in (0.12, 0.16):
+        attack, = evaluate.parse_attacks(name, "digits", eps, step=0.1 * eps)
+        flags, _ = evaluate.evaluate(model, test, attack, 100, seed=0)
+        theirs = accuracy_of_foolbox(oracle, model, test, eps)
+        assert 0.2 < flags.mean() < 0.8, "choose another eps"
+        assert flags.mean() <= theirs + slack + 1e-9
+        if name == "fgsm":
+            assert flags.mean() == pytest.approx(theirs)
+
+
+def test_a_large_eps_leaves_nothing(trained):
+    model, test = trained
+    attack, = evaluate.parse_attacks("pgd-40", "digits", 0.6)
+    flags, largest = evaluate.evaluate(model, test, attack, 120, seed=0)
+    assert flags.mean() < 0.02 and 0.5 < largest <= 0.6 + 1e-6

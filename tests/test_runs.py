@@ -1,0 +1,357 @@
+"""Runs as a user sees them: launches, resuming, refusals, checkpoints, evaluation."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import evaluate
+import sat_rx
+from conftest import run_main
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--attack-steps", "2"]
+
+
+def train(*words):
+    run_main(sat_rx.main, "sat_rx.py", *SHORT, *words)
+
+
+def evaluate_main(*words):
+    run_main(evaluate.main, "evaluate.py", *words)
+
+
+def shell(script, *words, **env):
+    """A real process without standard input; (exit status, standard output, standard error)."""
+    env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, words)], stdin=subprocess.DEVNULL, env=env,
+                          capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def weights(path, which="last"):
+    return torch.load(path, weights_only=True)[which]["state_dict"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", ["nt", "fgsm-at", "r1", "r2", "r3"])
+def test_launch_then_evaluate(tmp_path, method, capsys):
+    """Every method trains on real digits and evaluate.py reads what it wrote; its counts are right."""
+    path = tmp_path / "run.pt"
+    train("--method", method, "--epochs", 2, "--ckpt", path)
+    evaluate_main("--ckpt", path, "--attacks", "clean,fgsm,ifgsm-3,mi-fgsm-3,pgd-3x2,pgd-cw-3", "--limit", 90)
+    outcomes = {o["attack"]: o for o in json.loads((tmp_path / "run.eval.json").read_text())}
+    assert list(outcomes) == ["clean", "fgsm", "ifgsm-3", "mi-fgsm-3", "pgd-3x2", "pgd-cw-3"]
+    for name, outcome in outcomes.items():
+        assert outcome["n"] == 90 and outcome["accuracy"] <= outcomes["clean"]["accuracy"]
+        assert outcome["largest"] <= 0.1 + 1e-6 and (outcome["largest"] > 0) == (name != "clean")
+    history = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert {"train/loss", "val/clean", "val/ifgsm-3", "val/fgsm", "val/pgd-2", "masking/loss_gap"} <= history[0].keys()
+    assert "run.pt" in capsys.readouterr().out
+
+
+def test_accuracies_are_those_of_a_plain_loop(train, tmp_path):
+    """Clean and FGSM accuracy on all test digits, recounted image by image, whatever the batch size."""
+    path = tmp_path / "run.pt"
+    shutil.copy(train("nt", "--epochs", "4"), path)
+    for batch_size in (360, 77):
+        evaluate_main("--ckpt", path, "--attacks", "clean,fgsm", "--limit", 0, "--batch-size", batch_size, "--eps", "0.05")
+    clean, attacked = json.loads((tmp_path / "run.eval.json").read_text())
+    flags = np.load(tmp_path / "run.eval.npz")
+    model, _ = common.load_model(path)
+    test = common.load_test("digits", "data", None, "cpu")
+    counts = [0, 0]
+    for i, (image, label) in enumerate(zip(test.images, test.labels)):
+        x = (image[None] / 255).requires_grad_(True)
+        z = model(x)
+        right = (z.argmax() == label).item()
+        grad, = torch.autograd.grad(torch.nn.functional.cross_entropy(z, label[None]), x)
+        robust = (model((x + 0.05 * grad.sign()).clamp(0, 1)).argmax() == label).item()
+        counts = [counts[0] + right, counts[1] + robust]
+        assert flags[clean["key"]][i] == right
+    assert (clean["n"], clean["accuracy"]) == (360, counts[0] / 360)
+    assert attacked["accuracy"] == pytest.approx(counts[1] / 360, abs=1.1 / 360) and attacked["accuracy"] < 0.9
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.4])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, delay):
+    """SIGKILL some time after the first save, then --resume: the same weights bit for bit, the same history."""
+    words = ["--method", "r2", "--epochs", 6, "--wandb", "disabled", *SHORT]
+    assert shell("sat_rx.py", *words, "--ckpt", tmp_path / "whole.pt")[0] == 0
+    process = subprocess.Popen([sys.executable, ROOT / "sat_rx.py", *map(str, words), "--ckpt", tmp_path / "cut.pt"],
+                               stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cut.resume.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(tmp_path / "cut.resume.pt", weights_only=True)["last"]["epoch"]
+    assert 1 <= done < 6, "killed too late to show anything"
+    code, out, _ = shell("sat_rx.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
+    assert code == 0 and f"goes on after epoch {done}" in out
+    for which in ("best", "last"):
+        assert same(weights(tmp_path / "whole.pt", which), weights(tmp_path / "cut.pt", which))
+    histories = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                  for line in (tmp_path / name).read_text().splitlines()] for name in ("whole.jsonl", "cut.jsonl")]
+    assert histories[0] == histories[1] and len(histories[0]) == 6
+
+
+def test_killed_between_two_files(tmp_path, monkeypatch):
+    """run.pt of epoch 2 beside run.resume.pt of epoch 1: the second epoch is trained again, with the same result."""
+    path, write = tmp_path / "run.pt", common.write_beside
+    train("--method", "r2", "--epochs", 3, "--ckpt", tmp_path / "whole.pt")
+
+    def stop(target, content):
+        if target == path.with_suffix(".resume.pt") and target.exists():
+            raise KeyboardInterrupt
+        write(target, content)
+    monkeypatch.setattr(common, "write_beside", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train("--method", "r2", "--epochs", 3, "--ckpt", path)
+    monkeypatch.setattr(common, "write_beside", write)
+    assert torch.load(path, weights_only=True)["last"]["epoch"] == 2
+    train("--method", "r2", "--epochs", 3, "--ckpt", path, "--resume")
+    assert same(weights(path), weights(tmp_path / "whole.pt"))
+
+
+def test_paths_in_use_are_kept(tmp_path, capsys):
+    """An existing run is refused, continued or replaced as the flags say; a finished one says so; other flags are named."""
+    path = tmp_path / "run.pt"
+    words = ["--method", "nt", "--epochs", 1, "--ckpt", path]
+    train(*words, "--resume")  # nothing there: starts
+    before = path.read_bytes()
+    with pytest.raises(common.UsageError, match="exists: --resume goes on with it, --overwrite replaces it"):
+        train(*words)
+    with pytest.raises(common.UsageError, match="lr was 0.02, is 0.5"):
+        train(*words, "--resume", "--lr", "0.5")
+    with pytest.raises(common.UsageError, match="give one of them"):
+        train(*words, "--resume", "--overwrite")
+    train(*words, "--resume")
+    assert "is finished" in capsys.readouterr().out and path.read_bytes() == before
+    with common.fcntl and open(f"{path}.lock", "w") as lock:
+        common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+        with pytest.raises(common.UsageError, match="another run is writing"):
+            train(*words, "--overwrite")
+    train(*words, "--overwrite", "--seed", 1)
+    assert not same(torch.load(path, weights_only=True)["last"]["state_dict"], weights_of(before))
+    path.with_suffix(".resume.pt").unlink()
+    with pytest.raises(common.UsageError, match="exists: --overwrite replaces it"):
+        train(*words, "--resume")
+
+
+def weights_of(content):
+    import io
+    return torch.load(io.BytesIO(content), weights_only=True)["last"]["state_dict"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    """The error names epoch, step and term, and nothing broken is saved: here the first epoch is good."""
+    path = tmp_path / "run.pt"
+    real = sat_rx.sat_loss
+
+    def broken(model, x, y, args):
+        terms = real(model, x, y, args)
+        broken.calls += 1
+        return dict(terms, loss=terms["loss"] * (float("inf") if broken.calls > 6 else 1))
+    broken.calls = 0
+    sat_rx.sat_loss = broken
+    try:
+        with pytest.raises(common.UsageError, match="loss is (inf|nan) at epoch 2, step 3"):
+            train("--method", "nt", "--epochs", 3, "--ckpt", path)
+    finally:
+        sat_rx.sat_loss = real
+    saved = torch.load(path, weights_only=True)
+    assert saved["last"]["epoch"] == 1 and all(v.isfinite().all() for v in saved["last"]["state_dict"].values())
+
+
+def test_init_and_no_validation(tmp_path):
+    """--init starts from given weights; --val 0 keeps the last epoch; a network that does not fit is refused."""
+    first, second = tmp_path / "a.pt", tmp_path / "b.pt"
+    train("--method", "nt", "--epochs", 1, "--ckpt", first)
+    train("--method", "nt", "--epochs", 2, "--ckpt", second, "--init", first, "--lr", "1e-30", "--val", 0)
+    assert same(weights(first, "best"), weights(second))
+    saved = torch.load(second, weights_only=True)
+    assert saved["best"]["epoch"] == 2 and saved["best"]["metric"] is None and "val/clean" not in saved["history"][0]
+    with pytest.raises(common.UsageError, match="do not fit"):
+        train("--method", "nt", "--epochs", 1, "--model", "wrn-10-1", "--init", first, "--ckpt", tmp_path / "c.pt")
+
+
+BAD = [("sat_rx.py", ["--dataset", "imagenot"], "imagenot"), ("sat_rx.py", ["--dataset", "digits", "--model", "vit"], "vit"),
+       ("sat_rx.py", ["--method", "r9"], "r9"), ("sat_rx.py", ["--eps", "0"], "eps"), ("sat_rx.py", ["--eps", "-1"], "eps"),
+       ("sat_rx.py", ["--eps", "8"], "eps"), ("sat_rx.py", ["--epochs", "0"], "epochs"), ("sat_rx.py", ["--lr", "x"], "lr"),
+       ("sat_rx.py", ["--dataset", "digits", "--ckpt", "run.bin"], "end in .pt"), ("sat_rx.py", ["--frobnicate"], "frob"),
+       ("sat_rx.py", ["--dataset", "digits", "--ckpt", "/dev/null/run.pt"], "cannot be written"),
+       ("sat_rx.py", ["--dataset", "digits", "--val", "1437"], "--val"), ("sat_rx.py", ["--device", "abacus"], "abacus"),
+       ("sat_rx.py", ["--dataset", "digits", "--init", "nothing.pt"], "nothing.pt"),
+       ("evaluate.py", [], "--ckpt"), ("evaluate.py", ["--ckpt", "nothing.pt"], "nothing.pt"),
+       ("evaluate.py", ["--ckpt", "."], "cannot be read"), ("evaluate.py", ["--ckpt", "x.pt", "--limit", "-1"], "limit"),
+       ("evaluate.py", ["--ckpt", "x.pt", "--protocol", "sat_rx", "--attacks", "clean"], "give it or --attacks")]
+
+
+@pytest.mark.parametrize("script, words, named", BAD)
+def test_bad_input_is_named(script, words, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.UsageError, match=named.replace(".", r"\.")):
+        run_main({"sat_rx.py": sat_rx, "evaluate.py": evaluate}[script].main, script, *words)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["magic", "pgd", "fgsm-3", "pgd-0", "clean,,fgsm", "ifgsm-3x2", "pgd-3x0", "pgd-3-3", "PGD-3"])
+def test_unknown_attacks_are_named(name):
+    with pytest.raises(common.UsageError, match="is no attack: choose from clean, fgsm"):
+        evaluate.parse_attacks(name, "mnist", 0.3)
+
+
+def test_bad_input_ends_in_one_line(tmp_path):
+    """As a process: exit status 2, one line, no traceback, no usage; and Ctrl-C leaves without a traceback too."""
+    for script, words, _ in (BAD[0], BAD[5], BAD[15]):
+        code, out, err = shell(script, *words, "--wandb", "disabled")
+        assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in out + err
+    process = subprocess.Popen([sys.executable, ROOT / "sat_rx.py", *SHORT, "--epochs", "1000", "--ckpt", tmp_path / "run.pt",
+                                "--wandb", "disabled"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "run.resume.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["last"]["epoch"] >= 1
+
+
+class Unsafe:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/should-not-exist",))
+
+
+@pytest.mark.parametrize("content, named", [
+    (b"", "damaged"), (bytes(range(256)) * 20, "not a checkpoint"), ("truncated", "damaged"), (Unsafe(), "would run code"),
+    (dict(state_dict={}), "not a checkpoint of a run"), ("format", "format 99"), ("file", "unknown model"), (3, "not a checkpoint")])
+def test_bad_checkpoints_are_refused(content, named, tmp_path):
+    """Empty, random, truncated, needing code, foreign, of another format, naming a file to import."""
+    good, bad = tmp_path / "run.pt", tmp_path / "bad.pt"
+    train("--method", "nt", "--epochs", 1, "--ckpt", good)
+    if content == "truncated":
+        bad.write_bytes(good.read_bytes()[:100_000])
+    elif content in ("format", "file"):
+        change = dict(format=99) if content == "format" else dict(model="evil.py:make")
+        torch.save(dict(torch.load(good, weights_only=True), **change), bad)
+    elif isinstance(content, bytes):
+        bad.write_bytes(content)
+    else:
+        torch.save(content, bad)
+    with pytest.raises(common.UsageError, match=named):
+        evaluate_main("--ckpt", bad)
+    assert not Path("/tmp/should-not-exist").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrapped_networks_are_stripped(prefix, tmp_path):
+    path = tmp_path / "run.pt"
+    train("--method", "nt", "--epochs", 1, "--ckpt", path)
+    saved = torch.load(path, weights_only=True)
+    plain_weights = saved["best"]["state_dict"]
+    saved["best"]["state_dict"] = {prefix + k: v for k, v in plain_weights.items()}
+    torch.save(saved, path)
+    model, _ = common.load_model(path)
+    assert same(model.net.state_dict(), plain_weights) and not model.training
+    saved["best"]["state_dict"].pop(prefix + "0.bias")
+    torch.save(saved, path)
+    with pytest.raises(common.UsageError, match="do not fit"):
+        common.load_model(path)
+
+
+def test_nothing_of_an_earlier_network_remains(tmp_path):
+    """Retrain on the same path and evaluate: only the new network's outcomes; the same network's are kept and replaced."""
+    path = tmp_path / "run.pt"
+    train("--method", "nt", "--epochs", 1, "--ckpt", path)
+    evaluate_main("--ckpt", path, "--attacks", "clean,fgsm", "--limit", 50)
+    evaluate_main("--ckpt", path, "--attacks", "clean,ifgsm-2", "--limit", 50)
+    read = lambda: json.loads((tmp_path / "run.eval.json").read_text())
+    assert [o["attack"] for o in read()] == ["fgsm", "clean", "ifgsm-2"]
+    old = {o["weights_sha256"] for o in read()}
+    train("--method", "nt", "--epochs", 1, "--ckpt", path, "--overwrite", "--seed", 1)
+    evaluate_main("--ckpt", path, "--attacks", "clean", "--limit", 50)
+    assert [o["attack"] for o in read()] == ["clean"] and old.isdisjoint(o["weights_sha256"] for o in read())
+    assert np.load(tmp_path / "run.eval.npz").files == [read()[0]["key"]]
+
+
+def test_export_and_results(tmp_path):
+    """The float16 copy is half the size, evaluates as itself, and its results say where it comes from."""
+    path, half = tmp_path / "run.pt", tmp_path / "half.pt"
+    train("--method", "nt", "--epochs", 2, "--ckpt", path)
+    evaluate_main("--ckpt", path, "--export", half)
+    assert half.stat().st_size < 0.3 * path.stat().st_size
+    evaluate_main("--ckpt", half, "--attacks", "clean,pgd-3", "--limit", 60, "--results", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [o["attack"] for o in results["outcomes"]] == ["clean", "pgd-3"]
+    assert results["training"]["command"].startswith("python sat_rx.py --dataset digits")
+    assert results["training"]["hardware"] and results["training_minutes"] >= 0 and len(results["history"]) == 2
+    with pytest.raises(common.UsageError, match="no last weights"):
+        evaluate_main("--ckpt", half, "--weights", "last")
+
+
+def test_wandb_never_asks_and_never_stops_a_run(tmp_path):
+    """Standard input closed, no network: offline by default and after a failed connection; absent, one line."""
+    words = ["--method", "nt", "--epochs", 1, *SHORT]
+    environment = dict(WANDB_MODE=None, HOME=str(tmp_path), NETRC=str(tmp_path / "netrc"))
+    code, _, err = shell("sat_rx.py", *words, "--ckpt", tmp_path / "a.pt", **environment)
+    assert code == 0 and list(tmp_path.glob("wandb/offline-run-*")), err
+    (tmp_path / "wandb.py").write_text("raise ImportError('not here')")
+    code, out, _ = shell("sat_rx.py", *words, "--ckpt", tmp_path / "b.pt", PYTHONPATH=str(tmp_path), **environment)
+    assert code == 0 and "wandb is not installed" in out and (tmp_path / "b.jsonl").exists()
+
+
+def test_a_failed_connection_continues_offline(tmp_path, monkeypatch, capsys):
+    import wandb
+    calls = []
+
+    class Offline:
+        id = "abc"
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+    def init(mode, **kwargs):
+        calls.append(mode)
+        if mode == "online":
+            raise ConnectionError("no route")
+        return Offline()
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    run = common.wandb_run(dict(wandb="auto"), "sat_rx", tmp_path / "run.pt")
+    assert calls == ["online", "offline"] and run.id == "abc" and "no route" in capsys.readouterr().out
+
+
+def test_precision_of_evaluation_is_said(tmp_path, capsys):
+    path = tmp_path / "run.pt"
+    train("--method", "nt", "--epochs", 1, "--ckpt", path, "--precision", "float32")
+    capsys.readouterr()
+    evaluate_main("--ckpt", path, "--attacks", "clean", "--limit", 30)
+    assert "float32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.eval.json").read_text())[0]["precision"] == "float32"
+
+
+def test_vanished_gradients_are_reported(train):
+    """The share of zero gradients: none for a trained network, all for one that gives up its gradient."""
+    model, _ = common.load_model(train("nt", "--epochs", "4"))
+    test = common.load_test("digits", "data", 60, "cpu")
+    assert evaluate.dead_gradients(model, test, 30) == 0
+    forward = model.net.forward
+    model.net.forward = lambda x: forward(x.round()) + 0 * x.sum()
+    assert evaluate.dead_gradients(model, test, 30) == 1
+    model.net.forward = lambda x: forward(x) * 1e5  # saturated: the cross-entropy of a certain prediction is flat
+    assert evaluate.dead_gradients(model, test, 30) > 0.5

@@ -1,0 +1,160 @@
+"""The losses of sat_rx.py against independent formulas, their gradients against finite differences, and the schedule."""
+
+import pytest
+import torch
+
+import common
+import evaluate
+import sat_rx
+from conftest import plain
+
+
+def small(method, *flags, seed=0):
+    """(float64 network, images, labels, flags): smooth enough for finite differences."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4))
+    for p in net.parameters():
+        p.data *= 3  # bends the loss surface: FGSM and IFGSM samples must differ
+    args = sat_rx.parse(["--method", method, "--dataset", "mnist", *flags])
+    return plain(net.double()), torch.rand(6, 1, 6, 6).double(), torch.randint(0, 4, (6,)), args
+
+
+def ce(model, x, y):
+    """Cross-entropy per sample, written out."""
+    z = model(x)
+    return z.exp().sum(1).log() - z[torch.arange(len(y)), y]
+
+
+def sign_of_gradient(model, x, y):
+    """Sample by sample."""
+    signs = []
+    for i in range(len(x)):
+        point = x[i:i + 1].clone().requires_grad_(True)
+        signs.append(torch.autograd.grad(ce(model, point, y[i:i + 1]).sum(), point)[0].sign())
+    return torch.cat(signs)
+
+
+def by_formula(model, x, y, args):
+    """Eqs. 14, 15 and 16, term by term, sample by sample."""
+    m, eps = len(x), args.eps
+    sign = sign_of_gradient(model, x, y)
+    x_fgsm = (x + eps * sign).clamp(0, 1)
+    if args.method == "nt":
+        return ce(model, x, y).mean()
+    if args.method == "fgsm-at":
+        return ce(model, torch.cat([x_fgsm[:m // 2], x[m // 2:]]), y).mean()
+    first = sum(ce(model, x_fgsm[i:i + 1], y[i:i + 1]).sum() for i in range(m)) / m
+    if args.method == "r1":
+        other, k = x[-args.k:], args.k
+        for _ in range(args.attack_steps):
+            other = other + eps / args.attack_steps * sign_of_gradient(model, other, y[-k:])
+            other = torch.minimum(torch.maximum(other, x[-k:] - eps), x[-k:] + eps).clamp(0, 1)
+        second = sum((model(x_fgsm[m - k + j][None]) - model(other[j][None])).pow(2).sum() for j in range(k)) / k
+    if args.method == "r2":
+        noisy = x + args.rfgsm_alpha * torch.randn_like(x).sign()
+        x_rfgsm = (noisy + (eps - args.rfgsm_alpha) * sign_of_gradient(model, noisy, y)).clamp(0, 1)
+        second = sum((model(x_fgsm[j][None]) - model(x_rfgsm[j][None])).pow(2).sum() for j in range(m)) / m
+    if args.method == "r3":
+        x_low = (x + args.eps_low * sign).clamp(0, 1)
+        second = max(torch.zeros(()), ce(model, x_low, y).mean() - args.tau * first)
+    return first + args.lam * second
+
+
+CASES = [("nt",), ("fgsm-at",), ("r1",), ("r1", "--k", "3", "--attack-steps", "4"), ("r2",), ("r2", "--lam", "25"), ("r3",)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_loss_equals_the_formula(case):
+    model, x, y, args = small(*case)
+    torch.manual_seed(5)
+    ours = sat_rx.sat_loss(model, x, y, args)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours["loss"], by_formula(model, x, y, args))
+    if "reg" in ours:
+        assert ours["reg"] > 1e-3, "the regulariser is not exercised"
+        torch.testing.assert_close(ours["loss"], ours["ce"] + args.lam * ours["reg"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_gradient_by_finite_differences(case):
+    """d loss / d weights along random directions, in float64: no term has lost its gradient."""
+    model, x, y, args = small(*case)
+
+    def loss():
+        torch.manual_seed(5)
+        return sat_rx.sat_loss(model, x, y, args)
+    for term in loss():
+        model.zero_grad()
+        loss()[term].backward()
+        torch.manual_seed(0)
+        direction = [torch.randn_like(p) for p in model.parameters()]
+        slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction))
+        values = []
+        for h in (1e-6, -2e-6):
+            for p, d in zip(model.parameters(), direction):
+                p.data += h * d
+            values.append(loss()[term].item())
+        for p, d in zip(model.parameters(), direction):
+            p.data += 1e-6 * d
+        assert slope.abs() > 1e-6
+        assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
+def test_degenerate_settings():
+    """lambda = 0 leaves CE on FGSM samples; R3's hinge is zero where the loss grows by more than tau asks."""
+    for method in ("r1", "r2", "r3"):
+        model, x, y, args = small(method, "--lam", "0")
+        ours = sat_rx.sat_loss(model, x, y, args)
+        torch.testing.assert_close(ours["loss"], ce(model, common.fgsm(model, x, y, args.eps), y).mean())
+    model, x, y, args = small("r3", "--tau", "1")
+    ours = sat_rx.sat_loss(model, x, y, args)
+    assert ours["reg"] == 0 and ours["loss"] == ours["ce"]
+
+
+def test_a_batch_of_one_and_k_above_it():
+    for method in ("nt", "fgsm-at", "r1", "r2", "r3"):
+        model, x, y, args = small(method, "--k", "4")
+        assert sat_rx.sat_loss(model, x[:1], y[:1], args)["loss"].isfinite()
+
+
+def test_paper_settings():
+    """Section 5: lambda, tau, epochs, eps; flags win over the table."""
+    expected = {("mnist", "r1"): (0.2, 20, 0.3, "lenet+"), ("mnist", "r2"): (5, 20, 0.3, "lenet+"),
+                ("mnist", "r3"): (1, 20, 0.3, "lenet+"), ("cifar10", "r1"): (0.2, 100, 8 / 255, "wrn-28-10"),
+                ("cifar10", "r2"): (25, 100, 8 / 255, "wrn-28-10"), ("cifar10", "r3"): (1, 100, 8 / 255, "wrn-28-10")}
+    for (dataset, method), values in expected.items():
+        args = sat_rx.parse(["--dataset", dataset, "--method", method])
+        assert (args.lam, args.epochs, args.eps, args.model) == values
+    assert sat_rx.parse(["--dataset", "mnist", "--method", "r3"]).tau == 0.4
+    assert sat_rx.parse(["--dataset", "cifar10", "--method", "r3"]).tau == 0.6
+    args = sat_rx.parse(["--dataset", "mnist", "--eps", "8/255", "--lam", "0"])
+    assert (args.eps, args.lam) == (8 / 255, 0)
+
+
+def test_masking_signals_tell_a_masked_network():
+    """A network whose gradient points the wrong way at x and right after a step: FGSM fails, PGD does not."""
+    class Kinked(torch.nn.Module):
+        def forward(self, x):
+            z = (x - 0.5).flatten(1).sum(1) * 4
+            z = torch.where(z.abs() < 0.5, -z, z - z.sign())
+            return torch.stack([z, -z], 1)
+    args = sat_rx.parse(["--dataset", "digits"])
+    x = torch.full((8, 1, 2, 2), 0.5) + 0.001
+    y = torch.ones(8, dtype=torch.int64)
+    masked = sat_rx.masking_signals(plain(Kinked()), x, y, args)
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    sound = sat_rx.masking_signals(plain(linear), x, y, args)
+    assert masked["masking/l2_ifgsm"] > 10 * sound["masking/l2_ifgsm"]
+    assert sound["masking/loss_gap"] == pytest.approx(0, abs=1e-3)
+
+
+def test_r2_is_more_robust_than_normal_training(train):
+    """On digits, under PGD-40 at eps 0.1: the claim of the README's first command."""
+    accuracy = {}
+    for method in ("nt", "r2"):
+        model, checkpoint = common.load_model(train(method))
+        attack, = evaluate.parse_attacks("pgd-40", "digits", 0.1)
+        test = common.load_test("digits", "data", None, "cpu")
+        accuracy[method] = evaluate.evaluate(model, test, attack, 360, seed=0)[0].mean()
+        assert common.correct(model, test).float().mean() > 0.9
+    assert accuracy["r2"] > accuracy["nt"] + 0.2
