@@ -95,7 +95,7 @@ def shared_flags(parser, datasets):
     flag = parser.add_argument
     flag("--dataset", choices=list(datasets), default=next(iter(datasets)), help="data set (%(default)s)")
     flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
-    flag("--model", help="backbone: lenet+, wrn-DEPTH-WIDTH (the paper's for the data set)")
+    flag("--model", help="backbone: lenet+, eat-a to eat-d, wrn-DEPTH-WIDTH (the paper's for the data set)")
     flag("--normalize", choices=["none", "dataset", "image"], help="a normalising layer inside the model: by the "
          "data set's mean and deviation, or image by image (the paper's)")
     flag("--epochs", type=count, help="training epochs (the paper's)")
@@ -345,8 +345,10 @@ def build_model(name, dataset, normalize="none", device="cpu"):
         if blocks < 1 or blocks != int(blocks) or widen < 1:
             raise UsageError(f"--model {name}: the depth of a WRN is 6 n + 4 (10, 16, 22, 28, 34, 40 ...) or 32")
         net = WideResNet(int(blocks), widen, channels, facts["classes"])
+    elif re.fullmatch("eat-[abcd]", name):
+        net = eat_source(name[-1], channels, height, width, facts["classes"])
     else:
-        raise UsageError(f"unknown model {name!r}: choose lenet+ or wrn-DEPTH-WIDTH, as in wrn-28-10")
+        raise UsageError(f"unknown model {name!r}: choose lenet+, eat-a to eat-d, or wrn-DEPTH-WIDTH as in wrn-28-10")
     model = Classifier(net, normalize, facts["mean"], facts["std"])
     return model.to(device, memory_format=torch.channels_last)
 
@@ -357,6 +359,25 @@ def lenet_plus(channels, height, width, classes):
         nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 1024), nn.ReLU(), nn.Linear(1024, classes))
+
+
+def eat_source(letter, channels, height, width, classes):
+    """Source model A, B, C or D of ensemble adversarial training (SAT-Rx, table 1); unpadded, stride 1."""
+    if letter == "a":
+        layers = [nn.Conv2d(channels, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5), nn.ReLU(), nn.Dropout(0.25),
+                  nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Dropout(0.5)]
+    elif letter == "b":
+        layers = [nn.Dropout(0.2), nn.Conv2d(channels, 64, 8), nn.ReLU(), nn.Conv2d(64, 128, 6), nn.ReLU(),
+                  nn.Conv2d(128, 128, 5), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()]
+    elif letter == "c":
+        layers = [nn.Conv2d(channels, 128, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(128, 64, 3), nn.Tanh(),
+                  nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(128), nn.ReLU()]
+    else:
+        hidden = [(nn.LazyLinear(300), nn.ReLU(), nn.Dropout(0.5)) for _ in range(4)]
+        layers = [nn.Flatten(), *(layer for triple in hidden for layer in triple)]
+    net = nn.Sequential(*layers, nn.LazyLinear(classes)).eval()
+    net(torch.zeros(1, channels, height, width))  # sets the sizes that the lazy layers leave open
+    return net.train()
 
 
 class WideBlock(nn.Module):
@@ -454,24 +475,25 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
     result, rows = x.clone(), torch.arange(len(x), device=x.device)  # rows: the samples still attacked
     with model_mode(model, mode):
         for _ in range(restarts):
-            x_adv = (x if start is None else start(x, eps))[rows]  # drawn for all: no sample's start depends on others
+            x_adv = x if start is None else start(x, eps)  # drawn for all: no sample's start depends on the others
+            x_adv, y, alpha, low, high = (t[rows] for t in (x_adv, target, step, lower, upper))
             velocity = torch.zeros_like(x_adv)
             for _ in range(steps):
-                grad, logits = input_gradient(model, x_adv, target[rows], loss)
-                if stop_broken:
-                    going = logits.argmax(1) == target[rows]
+                grad, logits = input_gradient(model, x_adv, y, loss)
+                if stop_broken and not (going := logits.argmax(1) == y).all():
                     result[rows[~going]] = x_adv[~going]
-                    rows, x_adv, grad, velocity = rows[going], x_adv[going], grad[going], velocity[going]
+                    rows, x_adv, y, alpha, low, high, velocity, grad = (
+                        t[going] for t in (rows, x_adv, y, alpha, low, high, velocity, grad))
                     if not len(rows):
                         return result
                 if momentum is not None:
                     grad = grad / grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
                     velocity = grad = momentum * velocity + grad
-                x_adv = (x_adv + step[rows] * grad.sign()).clamp(lower[rows], upper[rows])
-            result[rows] = x_adv.clamp(lower[rows], upper[rows])
+                x_adv = (x_adv + alpha * grad.sign()).clamp(low, high)
+            result[rows] = x_adv = x_adv.clamp(low, high)
             if stop_broken and restarts > 1:
                 with torch.no_grad():
-                    rows = rows[model(result[rows]).argmax(1) == target[rows]]
+                    rows = rows[model(x_adv).argmax(1) == y]
     return result
 
 

@@ -1,7 +1,7 @@
 """SAT-Rx: single-step adversarial training with three regularisers against gradient masking.
 
-Vivek and Babu, "Regularizers for Single-step Adversarial Training", 2020. FGSM samples alone teach a network to mask its
-gradient; each regulariser penalises a symptom of masking, so that training needs no iterative attack:
+Vivek and Babu, "Regularizers for Single-step Adversarial Training", 2020. FGSM samples alone teach a network to mask
+its gradient; each regulariser penalises a symptom of masking, so that training needs no iterative attack:
     R1, R2:  CE(x_fgsm) + lambda * mean ||g(x_fgsm) - g(x_other)||^2      other: IFGSM for one sample, R-FGSM for all
     R3:      loss_high + lambda * max(0, loss_low - tau * loss_high)      FGSM at eps and at a smaller eps
 
@@ -15,26 +15,32 @@ import torch
 
 import common
 
-# The paper's settings (section 5, tables 1 and 8); lr, batch, weight decay, momentum and validation size are those of the
-# authors' code, which the text leaves out. `digits` is a smoke test, its settings are ours.
+# The paper's settings (section 5, tables 1 and 8). lr, batch size, weight decay, momentum and validation size are those
+# of the authors' code: the text leaves them out. `digits` is a smoke test, its settings are ours.
 CIFAR10 = dict(model="wrn-28-10", normalize="none", epochs=100, batch_size=64, lr=0.1, weight_decay=5e-4, momentum=0.9,
-               val=10_000, eps=8 / 255, eps_low=2 / 255, rfgsm_alpha=2 / 255, attack_steps=7, k=1)
+               val=10_000, eps=8 / 255, eps_low=2 / 255, rfgsm_alpha=2 / 255, attack_steps=7, step_size=2 / 255, k=1)
 MNIST = dict(CIFAR10, model="lenet+", epochs=20, batch_size=32, lr=0.01, eps=0.3, eps_low=0.1, rfgsm_alpha=0.01,
-             attack_steps=40)
-DIGITS = dict(MNIST, epochs=12, lr=0.02, val=237, eps=0.1, eps_low=0.03, rfgsm_alpha=0.01, attack_steps=10)
+             attack_steps=40, step_size=0.01)
+DIGITS = dict(MNIST, epochs=12, lr=0.02, val=237, eps=0.1, eps_low=0.03, attack_steps=10, step_size=0.02)
 PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS}
-METHOD = {  # what differs between the methods: lambda, tau, lr
-    "cifar10": {"r1": dict(lam=0.2), "r2": dict(lam=25.0), "r3": dict(lam=1.0, tau=0.6)},
-    "mnist": {"r1": dict(lam=0.2), "r2": dict(lam=5.0), "r3": dict(lam=1.0, tau=0.4, lr=0.05)},
+METHOD = {
+    "cifar10": {"r1": dict(lam=0.2), "r2": dict(lam=25.0), "r3": dict(lam=1.0, tau=0.6), "trades": dict(lam=6.0)},
+    "mnist": {"r1": dict(lam=0.2), "r2": dict(lam=5.0), "r3": dict(lam=1.0, tau=0.4, lr=0.05), "trades": dict(lam=6.0)},
 }
 METHOD["digits"] = METHOD["mnist"]
+METHODS = {"nt": "normal training", "fgsm-at": "FGSM-AT", "rfgsm-at": "on R-FGSM samples alone, ablation R2-2",
+           "eat": "FGSM-AT with samples of the --source networks too", "pgd-at": "PGD-AT", "trades": "TRADES",
+           "r1": "FGSM samples near IFGSM ones", "r2": "near R-FGSM ones", "r3": "with a loss that grows with eps"}
 
 # Differences from the paper
 # - Attacks see BatchNorm in eval mode (--attack-mode train: the other), as in the authors' code.
 # - R1 trains on one forward pass of m + k images, R2 and R3 on one of 2m, as in the authors' code.
 # - R-FGSM is eqs. 2 and 3 as printed; the authors' code steps by eps, not eps - alpha, and so leaves the ball.
-# - R3 takes its one gradient at the clean image; the authors' code at the image plus R-FGSM noise: --r3-noise.
+# - R3 starts from the clean image; the authors' code from the image after R-FGSM's random step, which leaves the ball
+#   by alpha: --r3-noise does so too.
+# - R1's IFGSM takes the 40 (MNIST) and 7 (CIFAR-10) steps of table 8; the authors' code takes 10 and 3: --attack-steps.
 # - lr falls by 5 after 1/4, 1/2 and 3/4 of the epochs; the authors' code drops it one epoch later.
+# - TRADES: 1/lambda = 6 (--lam) and a Gaussian start of deviation 0.001, its own authors' values; the paper has none.
 
 
 def parse(argv=None):
@@ -42,58 +48,86 @@ def parse(argv=None):
     parser = common.Parser(__doc__)
     common.shared_flags(parser, PAPER)
     flag = parser.add_argument
-    flag("--method", choices=["nt", "fgsm-at", "r1", "r2", "r3"], default="r2", help="normal training, FGSM adversarial "
-         "training, or single-step adversarial training with regulariser 1, 2 or 3 (%(default)s)")
-    flag("--lam", type=common.number(0), help="lambda, the regulariser's weight (the paper's)")
+    flag("--method", choices=list(METHODS), default="r2",
+         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (%(default)s)")
+    flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; 1/lambda of TRADES (the paper's)")
     flag("--tau", type=common.number(0, 1), help="R3: loss at eps-low stays below tau times that at eps (the paper's)")
     flag("--k", type=common.count, help="R1: pairs of FGSM and IFGSM samples per step (the paper's: 1)")
-    flag("--attack-steps", type=common.count, help="steps of R1's IFGSM and of the validation PGD (the paper's)")
-    flag("--rfgsm-alpha", type=common.unit, help="R2: R-FGSM's first, random step (the paper's)")
+    flag("--attack-steps", type=common.count, help="steps of R1's IFGSM, of PGD-AT, of TRADES and of the PGD on "
+         "held-out images (the paper's)")
+    flag("--step-size", type=common.unit, help="step of those PGD attacks, in [0, 1] units (the paper's)")
+    flag("--rfgsm-alpha", type=common.unit, help="R-FGSM's first, random step (the paper's)")
     flag("--eps-low", type=common.unit, help="R3: the smaller radius (the paper's)")
-    flag("--r3-noise", action="store_true", help="R3: take the gradient after R-FGSM's random step, clipped")
+    flag("--r3-noise", action="store_true", help="R3: start from the image after R-FGSM's random step, clipped")
+    flag("--ce-all", action="store_true", help="cross-entropy on the regulariser's samples too; with --lam 0 ablations "
+         "R1-1, R2-1, R3-2, with --k also R1-3; --method r3 --lam 0 alone is R3-1")
+    flag("--source", metavar="CKPT", action="append", default=[], help="EAT: a network that also makes FGSM samples, "
+         "drawn per batch; may be repeated")
     args = parser.parse_args(argv)
+    if (args.method == "eat") != bool(args.source):
+        raise common.UsageError("--method eat needs --source CKPT, once or more, and no other method takes it")
     settings = dict(lam=0.0, tau=1.0)
     return common.resolve(args, {**settings, **PAPER[args.dataset], **METHOD[args.dataset].get(args.method, {})})
 
 
-def sat_loss(model, x, y, args):
-    """The training loss on a batch x (m, C, H, W), y (m,), as named scalars; "loss" is the one to minimise."""
-    method, eps, mode, m = args.method, args.eps, args.attack_mode, len(x)
-    if method == "nt":
-        return dict(loss=common.cross_entropy(model(x), y).mean())
+def baseline_loss(model, x, y, args, sources=()):
+    """The losses that the paper compares with (section 3.2), on x (m, C, H, W), y (m,), as named scalars."""
+    method, eps, options, m = args.method, args.eps, dict(mode=args.attack_mode), len(x)
+    if method in ("fgsm-at", "eat"):  # half of the batch is replaced
+        crafter = [model, *sources][torch.randint(1 + len(sources), ()).item()]
+        x_fgsm = common.fgsm(crafter, x[:m // 2], y[:m // 2], eps, **options) if m > 1 else x[:0]
+        x = torch.cat([x_fgsm, x[m // 2:]])
+    if method == "rfgsm-at":
+        x = common.rfgsm(model, x, y, eps, args.rfgsm_alpha, **options)
+    if method == "pgd-at":
+        x = common.pgd(model, x, y, eps, args.step_size, args.attack_steps, **options)
+    logits = model(x)
+    ce = common.cross_entropy(logits, y).mean()
+    if method == "trades":  # CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL
+        def near(x, eps):
+            return (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
+        with torch.no_grad(), common.model_mode(model, args.attack_mode):
+            reference = model(x)
+        x_adv = common.pgd(model, x, reference, eps, args.step_size, args.attack_steps, near, loss=common.kl, **options)
+        reg = common.kl(model(x_adv), logits).mean()
+        return dict(loss=ce + args.lam * reg, ce=ce, reg=reg)
+    return dict(loss=ce)
 
-    # FGSM-AT (section 3.2): half of the batch is replaced
-    if method == "fgsm-at":
-        x_fgsm = common.fgsm(model, x[:m // 2], y[:m // 2], eps, mode=mode) if m > 1 else x[:0]
-        return dict(loss=common.cross_entropy(model(torch.cat([x_fgsm, x[m // 2:]])), y).mean())
+
+def sat_loss(model, x, y, args):
+    """Eqs. 14 to 16 on x (m, C, H, W), y (m,), as named scalars; "loss" is the one to minimise."""
+    method, eps, m, options = args.method, args.eps, len(x), dict(mode=args.attack_mode)
 
     # Eq. 14:  1/m sum J(f(x_fgsm), y) + lambda 1/k sum ||g(x_fgsm) - g(x_ifgsm)||^2, on the last k samples
     if method == "r1":
         k = min(args.k, m)
-        x_fgsm = common.fgsm(model, x, y, eps, mode=mode)
-        x_ifgsm = common.ifgsm(model, x[-k:], y[-k:], eps, args.attack_steps, mode=mode)
-        g_fgsm, g_ifgsm = model(torch.cat([x_fgsm, x_ifgsm])).split([m, k])
+        x_fgsm, y_other = common.fgsm(model, x, y, eps, **options), y[-k:]
+        x_ifgsm = common.ifgsm(model, x[-k:], y_other, eps, args.attack_steps, **options)
+        g_fgsm, g_other = model(torch.cat([x_fgsm, x_ifgsm])).split([m, k])
         ce = common.cross_entropy(g_fgsm, y).mean()
-        reg = (g_fgsm[-k:] - g_ifgsm).square().sum(1).mean()
+        reg = (g_fgsm[-k:] - g_other).square().sum(1).mean()
 
     # Eq. 15:  1/m sum J(f(x_fgsm), y) + lambda 1/m sum ||g(x_fgsm) - g(x_rfgsm)||^2
     if method == "r2":
-        x_fgsm = common.fgsm(model, x, y, eps, mode=mode)
-        x_rfgsm = common.rfgsm(model, x, y, eps, args.rfgsm_alpha, mode=mode)
-        g_fgsm, g_rfgsm = model(torch.cat([x_fgsm, x_rfgsm])).split(m)
+        x_fgsm, y_other = common.fgsm(model, x, y, eps, **options), y
+        x_rfgsm = common.rfgsm(model, x, y, eps, args.rfgsm_alpha, **options)
+        g_fgsm, g_other = model(torch.cat([x_fgsm, x_rfgsm])).split(m)
         ce = common.cross_entropy(g_fgsm, y).mean()
-        reg = (g_fgsm - g_rfgsm).square().sum(1).mean()
+        reg = (g_fgsm - g_other).square().sum(1).mean()
 
     # Eq. 16:  loss_high + lambda max(0, loss_low - tau loss_high), both along one gradient sign
     if method == "r3":
-        noise = args.rfgsm_alpha * torch.randn_like(x).sign() if args.r3_noise else 0
-        with common.model_mode(model, mode):
-            sign = common.input_gradient(model, (x + noise).clamp(0, 1), y)[0].sign()
-        x_low, x_high = (x + args.eps_low * sign).clamp(0, 1), (x + eps * sign).clamp(0, 1)
-        g_low, g_high = model(torch.cat([x_low, x_high])).split(m)
-        loss_low, ce = common.cross_entropy(g_low, y).mean(), common.cross_entropy(g_high, y).mean()
+        if args.r3_noise:
+            x = (x + args.rfgsm_alpha * torch.randn_like(x).sign()).clamp(0, 1)
+        with common.model_mode(model, args.attack_mode):
+            sign = common.input_gradient(model, x, y)[0].sign()
+        x_high, x_low, y_other = (x + eps * sign).clamp(0, 1), (x + args.eps_low * sign).clamp(0, 1), y
+        g_fgsm, g_other = model(torch.cat([x_high, x_low])).split(m)
+        ce, loss_low = common.cross_entropy(g_fgsm, y).mean(), common.cross_entropy(g_other, y).mean()
         reg = (loss_low - args.tau * ce).clamp(min=0)
 
+    if args.ce_all:  # ablations (section 5.3): the regulariser's samples as mere training samples
+        ce = common.cross_entropy(torch.cat([g_fgsm, g_other]), torch.cat([y, y_other])).mean()
     return dict(loss=ce + args.lam * reg, ce=ce, reg=reg)
 
 
@@ -104,7 +138,7 @@ def masking_signals(model, x, y, args):
     with common.model_mode(model, "eval"):
         attacked = [common.fgsm(model, x, y, args.eps), common.ifgsm(model, x, y, args.eps, steps),
                     common.rfgsm(model, x, y, args.eps, args.rfgsm_alpha),
-                    common.pgd(model, x, y, args.eps, common.DATASETS[args.dataset]["step"], steps)]
+                    common.pgd(model, x, y, args.eps, args.step_size, steps)]
         with torch.no_grad():
             fgsm, ifgsm, rfgsm, pgd = (model(x_adv) for x_adv in attacked)
     rows = {"val/fgsm": (fgsm.argmax(1) == y).float(), f"val/pgd-{steps}": (pgd.argmax(1) == y).float(),
@@ -117,8 +151,8 @@ def announce_masking(history, pgd):
     """Say so in the first epoch in which FGSM no longer finds what PGD finds: more than 20 points between them."""
     masked = [row["val/fgsm"] - row[pgd] > 0.2 for row in history]
     if masked[-1] and not any(masked[:-1]):
-        print(f"gradient masking sets in: {100 * history[-1]['val/fgsm']:.0f} % survive FGSM, {100 * history[-1][pgd]:.0f} % "
-              f"{pgd[4:].upper()} (section 4.2)", flush=True)
+        print(f"gradient masking sets in: {100 * history[-1]['val/fgsm']:.0f} % of held-out images survive FGSM, "
+              f"{100 * history[-1][pgd]:.0f} % {pgd[4:].upper()} (section 4.2)", flush=True)
 
 
 def main():
@@ -126,12 +160,13 @@ def main():
     device, precision = common.set_up(args.device, args.precision)
     run = common.Run("sat_rx", dict(vars(args), precision=precision))
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
-    probe = next(common.eval_batches(val, 500)) if args.val else None  # the held-out images on which masking is watched
+    probe = next(common.eval_batches(val, 500)) if args.val else None  # held-out images to watch masking on
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
     if args.init:
         common.load_weights(model, common.load_checkpoint(args.init)["best"]["state_dict"], args.init)
+    sources = [common.load_model(path, device=device)[0] for path in args.source]
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
     for epoch in range(run.restore(model, optimizer), args.epochs):
@@ -142,7 +177,8 @@ def main():
         augment = common.DATASETS[args.dataset]["augment"]
         for x, y, _ in common.train_batches(train, args.batch_size, args.seed, epoch, augment):
             with common.autocast(device, precision):
-                terms = sat_loss(model, x, y, args)
+                terms = sat_loss(model, x, y, args) if args.method in ("r1", "r2", "r3") else \
+                    baseline_loss(model, x, y, args, sources)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
@@ -159,7 +195,7 @@ def main():
                 common.seed_stream(args.seed, "probe", epoch)
                 row |= masking_signals(model, *probe[:2], args)
         run.finish_epoch(model, optimizer, row, metric=row.get("val/ifgsm-3"))
-        if probe and args.method != "nt":
+        if probe and args.method not in ("nt", "pgd-at", "trades"):
             announce_masking(run.history, f"val/pgd-{args.attack_steps}")
     run.close()
 

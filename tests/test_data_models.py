@@ -128,7 +128,9 @@ def test_seeds_do_not_collide():
 
 @pytest.mark.parametrize("name, dataset, parameters", [
     ("lenet+", "mnist", 832 + 51_264 + 3_212_288 + 10_250), ("wrn-28-10", "cifar10", 36_479_194),
-    ("wrn-16-4", "cifar10", 2_748_890), ("wrn-32-10", "cifar10", None)])
+    ("wrn-16-4", "cifar10", 2_748_890), ("wrn-32-10", "cifar10", None),
+    ("eat-a", "mnist", 1_664 + 102_464 + 25_600 * 128 + 128 + 1_290), ("eat-c", "mnist", 1_280 + 73_792 + 204_928 + 1_290),
+    ("eat-b", "mnist", 64 * 65 + 128 * 2305 + 128 * 3201 + 10 * (128 * 144 + 1)), ("eat-d", "mnist", 235_500 + 3 * 90_300 + 3_010)])
 def test_backbones(name, dataset, parameters):
     """Parameter counts as published; WRN-32 has five blocks in each group."""
     model = common.build_model(name, dataset)

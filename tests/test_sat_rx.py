@@ -19,6 +19,11 @@ def small(method, *flags, seed=0):
     return plain(net.double()), torch.rand(6, 1, 6, 6).double(), torch.randint(0, 4, (6,)), args
 
 
+def loss_of(model, x, y, args):
+    """The function that main() picks."""
+    return (sat_rx.sat_loss if args.method in ("r1", "r2", "r3") else sat_rx.baseline_loss)(model, x, y, args)
+
+
 def ce(model, x, y):
     """Cross-entropy per sample, written out."""
     z = model(x)
@@ -43,6 +48,17 @@ def by_formula(model, x, y, args):
         return ce(model, x, y).mean()
     if args.method == "fgsm-at":
         return ce(model, torch.cat([x_fgsm[:m // 2], x[m // 2:]]), y).mean()
+    if args.method in ("rfgsm-at", "r2"):
+        noisy = x + args.rfgsm_alpha * torch.randn_like(x).sign()
+        x_rfgsm = (noisy + (eps - args.rfgsm_alpha) * sign_of_gradient(model, noisy, y)).clamp(0, 1)
+        if args.method == "rfgsm-at":
+            return ce(model, x_rfgsm, y).mean()
+    if args.method == "pgd-at":
+        other = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+        for _ in range(args.attack_steps):
+            other = other + args.step_size * sign_of_gradient(model, other, y)
+            other = torch.minimum(torch.maximum(other, x - eps), x + eps).clamp(0, 1)
+        return ce(model, other, y).mean()
     first = sum(ce(model, x_fgsm[i:i + 1], y[i:i + 1]).sum() for i in range(m)) / m
     if args.method == "r1":
         other, k = x[-args.k:], args.k
@@ -51,8 +67,6 @@ def by_formula(model, x, y, args):
             other = torch.minimum(torch.maximum(other, x[-k:] - eps), x[-k:] + eps).clamp(0, 1)
         second = sum((model(x_fgsm[m - k + j][None]) - model(other[j][None])).pow(2).sum() for j in range(k)) / k
     if args.method == "r2":
-        noisy = x + args.rfgsm_alpha * torch.randn_like(x).sign()
-        x_rfgsm = (noisy + (eps - args.rfgsm_alpha) * sign_of_gradient(model, noisy, y)).clamp(0, 1)
         second = sum((model(x_fgsm[j][None]) - model(x_rfgsm[j][None])).pow(2).sum() for j in range(m)) / m
     if args.method == "r3":
         x_low = (x + args.eps_low * sign).clamp(0, 1)
@@ -60,14 +74,15 @@ def by_formula(model, x, y, args):
     return first + args.lam * second
 
 
-CASES = [("nt",), ("fgsm-at",), ("r1",), ("r1", "--k", "3", "--attack-steps", "4"), ("r2",), ("r2", "--lam", "25"), ("r3",)]
+CASES = [("nt",), ("fgsm-at",), ("rfgsm-at",), ("pgd-at", "--attack-steps", "4"), ("r1",), ("r2",), ("r3",),
+         ("r1", "--k", "3", "--attack-steps", "4"), ("r2", "--lam", "25")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_loss_equals_the_formula(case):
     model, x, y, args = small(*case)
     torch.manual_seed(5)
-    ours = sat_rx.sat_loss(model, x, y, args)
+    ours = loss_of(model, x, y, args)
     torch.manual_seed(5)
     torch.testing.assert_close(ours["loss"], by_formula(model, x, y, args))
     if "reg" in ours:
@@ -75,14 +90,14 @@ def test_loss_equals_the_formula(case):
         torch.testing.assert_close(ours["loss"], ours["ce"] + args.lam * ours["reg"])
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("case", CASES + [("trades", "--attack-steps", "4")], ids=" ".join)
 def test_gradient_by_finite_differences(case):
     """d loss / d weights along random directions, in float64: no term has lost its gradient."""
     model, x, y, args = small(*case)
 
     def loss():
         torch.manual_seed(5)
-        return sat_rx.sat_loss(model, x, y, args)
+        return loss_of(model, x, y, args)
     for term in loss():
         model.zero_grad()
         loss()[term].backward()
@@ -112,9 +127,55 @@ def test_degenerate_settings():
 
 
 def test_a_batch_of_one_and_k_above_it():
-    for method in ("nt", "fgsm-at", "r1", "r2", "r3"):
+    for method in sat_rx.METHODS.keys() - {"eat"}:
         model, x, y, args = small(method, "--k", "4")
-        assert sat_rx.sat_loss(model, x[:1], y[:1], args)["loss"].isfinite()
+        assert loss_of(model, x[:1], y[:1], args)["loss"].isfinite()
+
+
+def test_trades():
+    """CE(x) + 6 KL(p(x) || p(x')): the KL against torch's own, at an adversary in the ball that raises it."""
+    model, x, y, args = small("trades")
+    torch.manual_seed(5)
+    ours = sat_rx.baseline_loss(model, x, y, args)
+    torch.testing.assert_close(ours["ce"], ce(model, x, y).mean())
+    torch.testing.assert_close(ours["loss"], ours["ce"] + 6 * ours["reg"])
+    p, at = torch.distributions.Categorical(logits=model(x)), torch.distributions.Categorical
+    worst = max(torch.distributions.kl_divergence(p, at(logits=model((x + args.eps * torch.randn_like(x).sign()).clamp(0, 1))))
+                .mean().item() for _ in range(50))
+    assert ours["reg"].item() > worst > 0
+
+
+def test_ablations():
+    """Section 5.3: --ce-all trains on the regulariser's samples too; --r3-noise starts from the noised image."""
+    model, x, y, args = small("r3", "--lam", "0", "--ce-all")
+    sign = sign_of_gradient(model, x, y)
+    both = torch.cat([(x + 0.3 * sign).clamp(0, 1), (x + 0.1 * sign).clamp(0, 1)])
+    torch.testing.assert_close(sat_rx.sat_loss(model, x, y, args)["loss"], ce(model, both, torch.cat([y, y])).mean())
+    model, x, y, args = small("r1", "--lam", "0", "--ce-all", "--k", "2")
+    x_ifgsm = common.ifgsm(model, x[-2:], y[-2:], 0.3, 40)
+    both = torch.cat([common.fgsm(model, x, y, 0.3), x_ifgsm])
+    torch.testing.assert_close(sat_rx.sat_loss(model, x, y, args)["loss"], ce(model, both, torch.cat([y, y[-2:]])).mean())
+    model, x, y, args = small("r3", "--r3-noise")
+    torch.manual_seed(5)
+    noised = (x + 0.01 * torch.randn_like(x).sign()).clamp(0, 1)
+    without = small("r3")[3]
+    torch.manual_seed(5)
+    torch.testing.assert_close(sat_rx.sat_loss(model, x, y, args)["loss"],
+                               sat_rx.sat_loss(model, noised, y, without)["loss"])
+
+
+def test_eat_draws_its_source_per_batch():
+    """Over many batches the FGSM samples come from the model and from both sources, each its own."""
+    model, x, y, _ = small("nt")
+    args = sat_rx.parse(["--method", "eat", "--dataset", "mnist", "--source", "a.pt", "--source", "b.pt"])
+    crafters = [model, small("nt", seed=1)[0], small("nt", seed=2)[0]]
+    expected = [ce(model, torch.cat([common.fgsm(c, x[:3], y[:3], 0.3), x[3:]]), y).mean().item() for c in crafters]
+    seen = [sat_rx.baseline_loss(model, x, y, args, crafters[1:])["loss"].item() for _ in range(40)]
+    assert {min(range(3), key=lambda i: abs(expected[i] - loss)) for loss in seen} == {0, 1, 2}
+    assert all(min(abs(e - loss) for e in expected) < 1e-9 for loss in seen)
+    for flags in (["--method", "eat"], ["--method", "nt", "--source", "a.pt"]):
+        with pytest.raises(common.UsageError, match="--source"):
+            sat_rx.parse(flags)
 
 
 def test_paper_settings():
