@@ -22,11 +22,12 @@ import torch
 
 import common
 
-QUICK_LOOK = "clean,fgsm,ifgsm-40,pgd-40,pgd-cw-40"
-PROTOCOLS = {  # the columns of the papers' main tables, on the whole test set; the papers' rows are in results/papers.json
+QUICK_LOOK = dict(attacks="clean,fgsm,ifgsm-40,pgd-40,pgd-cw-40", transfer="fgsm,mi-fgsm-40", start="ball", limit=1000)
+SAT_RX = dict(start="step", limit=0)  # section 5.1: the whole test set; eq. 6: PGD starts within a step of x
+PROTOCOLS = {  # the columns of the papers' main tables; their rows are in results/papers.json
     "sat_rx": {
-        "mnist": dict(attacks="clean,fgsm,ifgsm-100,pgd-100,pgd-cw-100", transfer="fgsm,mi-fgsm-100", start="step"),
-        "cifar10": dict(attacks="clean,fgsm,ifgsm-20,pgd-20,pgd-cw-20", transfer="fgsm,mi-fgsm-20", start="step"),
+        "mnist": dict(SAT_RX, attacks="clean,fgsm,ifgsm-100,pgd-100,pgd-cw-100", transfer="fgsm,mi-fgsm-100"),
+        "cifar10": dict(SAT_RX, attacks="clean,fgsm,ifgsm-20,pgd-20,pgd-cw-20", transfer="fgsm,mi-fgsm-20"),
     },
 }
 
@@ -37,17 +38,18 @@ def parse(argv=None):
     flag = parser.add_argument
     flag("--ckpt", required=True, help="the checkpoint that training wrote")
     flag("--weights", choices=["best", "last"], default="best", help="which weights of it (%(default)s)")
-    flag("--attacks", help=f"comma-separated: {ATTACK_NAMES} ({QUICK_LOOK})")
+    flag("--attacks", help=f"comma-separated: {ATTACK_NAMES} ({QUICK_LOOK['attacks']})")
     flag("--protocol", choices=list(PROTOCOLS), help="the columns of this paper's main table, its rows beside them")
     flag("--surrogate", metavar="CKPT", action="append", default=[], help="also attack by transfer from this network; "
          "may be repeated")
-    flag("--transfer", help="the attacks made on surrogates (fgsm,mi-fgsm-40)")
+    flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's)")
     flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
          "eps, and at least 1.25 eps / steps)")
-    flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x (ball)")
-    flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all (1000; with "
-         "--protocol 0)")
+    flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x "
+         f"({QUICK_LOOK['start']}; with --protocol the paper's)")
+    flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all "
+         f"({QUICK_LOOK['limit']}; with --protocol the paper's)")
     flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
     flag("--batch-size", type=common.count, default=250, help="images attacked at once (%(default)s)")
     flag("--seed", type=common.natural, default=0, help="seed of the random starts (%(default)s)")
@@ -98,8 +100,8 @@ ATTACK_NAMES = "clean, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS
 def parse_attacks(text, dataset, eps, step=None, start="ball"):
     """The attacks of a comma-separated list, each once; UsageError for a name that is none.
 
-    IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST, 2/255
-    at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can cross the ball.
+    IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,
+    2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start.
     """
     attacks, facts = [], common.DATASETS[dataset]
     for name in dict.fromkeys(word.strip() for word in text.split(",")):
@@ -119,8 +121,8 @@ def parse_attacks(text, dataset, eps, step=None, start="ball"):
 def evaluate(model, test, attack, batch_size, seed, precision="float32", images=None):
     """Attack every image of a Split; (which stay correct: bool (N,), largest perturbation measured, in [0, 1] units).
 
-    images: perturbed images made elsewhere (transfer), (N, C, H, W), instead of attacking. Random starts depend on seed,
-    attack and batch alone. Predictions are read from the finished images, after checking that they lie in [0, 1].
+    images: perturbed images made elsewhere (transfer), (N, C, H, W), instead of attacking. Random starts depend on
+    seed, attack and batch alone. Predictions are read from the finished images, after a check that they lie in [0, 1].
     """
     flags, largest = torch.empty(len(test.labels), dtype=torch.bool), 0.0
     with common.model_mode(model, "eval"), common.autocast(test.images.device, precision):
@@ -227,7 +229,8 @@ def print_outcome(outcome, header):
         print(" ".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
     shown = dict(outcome, accuracy=f"{100 * outcome['accuracy']:.2f}", seconds=f"{outcome['seconds']:.1f}")
     cells = {name: f"{shown[name]:.4f}" if isinstance(shown[name], float) else shown[name] for name in COLUMNS}
-    print(" ".join(f"{'-' if cells[name] is None else cells[name]:>{width}}" for name, width in COLUMNS.items()), flush=True)
+    cells = {name: "-" if cell is None else cell for name, cell in cells.items()}
+    print(" ".join(f"{cells[name]:>{width}}" for name, width in COLUMNS.items()), flush=True)
 
 
 def print_protocol(protocol, dataset, outcomes):
@@ -253,33 +256,31 @@ def main():
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
     dataset, eps = checkpoint["dataset"], args.eps or checkpoint["args"]["eps"]
-    plan = dict(attacks=args.attacks or QUICK_LOOK, transfer="fgsm,mi-fgsm-40", start="ball")
-    if args.protocol:
-        if dataset not in PROTOCOLS[args.protocol]:
-            raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
-        plan = PROTOCOLS[args.protocol][dataset]
-    budget = dataset, eps, args.step_size, args.start or plan["start"]
+    if args.protocol and dataset not in PROTOCOLS[args.protocol]:
+        raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
+    plan = PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK
+    plan = plan | {name: getattr(args, name) for name in QUICK_LOOK if getattr(args, name) is not None}
+    budget = dataset, eps, args.step_size, plan["start"]
     todo = [(attack, None) for attack in parse_attacks(plan["attacks"], *budget)]
-    todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(args.transfer or plan["transfer"], *budget)]
+    transfer = parse_attacks(plan["transfer"], *budget)
+    todo += [(attack, path) for path in args.surrogate for attack in transfer]
     surrogates = {path: common.load_model(path, device=device) for path in args.surrogate}
-    limit = (0 if args.protocol else 1000) if args.limit is None else args.limit
-    test = common.load_test(dataset, args.data_dir, limit or None, device)
+    test = common.load_test(dataset, args.data_dir, plan["limit"] or None, device)
 
     shas = {w: common.weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
     record, outcomes = Record(args.ckpt, shas.values()), []
     print(f"{args.ckpt}: {checkpoint['script']}, {checkpoint['model']} on {dataset}, {args.weights} weights of epoch "
           f"{checkpoint[args.weights]['epoch']}; {len(test.labels)} test images, {precision}")
     for attack, path in todo:
-        settings = dict(attack._asdict(), n=len(test.labels), seed=args.seed, precision=precision,
+        settings = dict(attack=attack.name, **attack._asdict(), n=len(test.labels), seed=args.seed, precision=precision,
                         weights_sha256=shas[args.weights])
+        del settings["name"]
         started, images = time.perf_counter(), None
         if path:
             surrogate, source = surrogates[path]
             sha = common.weights_sha256(source["best"]["state_dict"])
             settings |= dict(attack=f"{attack.name}@{source['model']}", surrogate_sha256=sha)
             images = transfer_images(path, sha, surrogate, test, attack, args.batch_size, args.seed)
-        else:
-            settings["attack"] = attack.name
         flags, largest = evaluate(model, test, attack, args.batch_size, args.seed, precision, images)
         measured = dict(accuracy=float(flags.mean()), largest=largest, seconds=round(time.perf_counter() - started, 2))
         outcomes.append(record.add(settings, measured, flags))

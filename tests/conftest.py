@@ -61,8 +61,8 @@ class SmallNet(nn.Sequential):
     """A convolutional network with BatchNorm and dropout, whose mode matters."""
 
     def __init__(self, channels=1, classes=5):
-        super().__init__(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
-                         nn.LazyLinear(classes))
+        super().__init__(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5),
+                         nn.Flatten(), nn.LazyLinear(classes))
 
 
 def plain(net):

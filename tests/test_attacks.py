@@ -69,7 +69,7 @@ def test_mi_fgsm_against_a_plain_loop():
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_inside_ball_and_box_and_reaching_both(name):
-    """Per-sample eps: the bound holds for each sample and is reached; near the border of [0, 1] the image is clipped."""
+    """Per-sample eps: the bound holds for each sample and is reached; at the border of [0, 1] the image is clipped."""
     model, (x, y) = Linear(), batch()
     x[:, :, 0] = 0.01
     eps = torch.linspace(0.03, 0.2, len(x))

@@ -38,9 +38,9 @@ def test_training_does_not_read_the_test_images(tmp_path):
         common.load_test("mnist", tmp_path, None, "cpu")
 
 
-@pytest.mark.parametrize("changes", [dict(train_images=np.zeros((40, 28, 28), np.uint8)), dict(train_labels=np.zeros(39, int)),
-                                     dict(train_images=np.zeros((40, 28, 28, 1), np.float32)), dict(train_images=None),
-                                     dict(train_images=np.array([object()] * 40))])
+@pytest.mark.parametrize("changes", [
+    dict(train_images=np.zeros((40, 28, 28), np.uint8)), dict(train_images=np.zeros((40, 28, 28, 1), np.float32)),
+    dict(train_labels=np.zeros(39, int)), dict(train_images=None), dict(train_images=np.array([object()] * 40))])
 def test_damaged_data_is_named(tmp_path, changes):
     write_npz(tmp_path / "mnist.npz", **changes)
     with pytest.raises(common.UsageError, match="mnist.npz"):
@@ -129,8 +129,9 @@ def test_seeds_do_not_collide():
 @pytest.mark.parametrize("name, dataset, parameters", [
     ("lenet+", "mnist", 832 + 51_264 + 3_212_288 + 10_250), ("wrn-28-10", "cifar10", 36_479_194),
     ("wrn-16-4", "cifar10", 2_748_890), ("wrn-32-10", "cifar10", None),
-    ("eat-a", "mnist", 1_664 + 102_464 + 25_600 * 128 + 128 + 1_290), ("eat-c", "mnist", 1_280 + 73_792 + 204_928 + 1_290),
-    ("eat-b", "mnist", 64 * 65 + 128 * 2305 + 128 * 3201 + 10 * (128 * 144 + 1)), ("eat-d", "mnist", 235_500 + 3 * 90_300 + 3_010)])
+    ("eat-a", "mnist", 1_664 + 102_464 + 25_600 * 128 + 128 + 1_290),
+    ("eat-b", "mnist", 64 * 65 + 128 * 2305 + 128 * 3201 + 10 * (128 * 144 + 1)),
+    ("eat-c", "mnist", 1_280 + 73_792 + 204_928 + 1_290), ("eat-d", "mnist", 235_500 + 3 * 90_300 + 3_010)])
 def test_backbones(name, dataset, parameters):
     """Parameter counts as published; WRN-32 has five blocks in each group."""
     model = common.build_model(name, dataset)
@@ -150,7 +151,8 @@ def test_evaluation_does_not_depend_on_the_batch():
     """A network with BatchNorm in eval mode: the same logits at batch 1 and 20, and by `correct`."""
     torch.manual_seed(0)
     model = common.build_model("wrn-10-1", "cifar10")
-    split = common.Split(torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (20,)), torch.arange(20))
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    split = common.Split(images, torch.randint(0, 10, (20,)), torch.arange(20))
     model(common.to_float(split.images))  # BatchNorm statistics that are not the initial ones
     x = common.to_float(split.images)
     model.eval()
