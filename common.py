@@ -39,6 +39,8 @@ DATASETS = {
     "mnist": dict(classes=10, shape=(1, 28, 28), eps=0.3, step=0.01, augment=False, mean=(0.1307,), std=(0.3081,)),
     "cifar10": dict(classes=10, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment=True,
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": dict(classes=100, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment=True,
+                     mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
 }
 
 
@@ -242,7 +244,8 @@ def digits(split):
 
 def download(name, path):
     """Write {name}.npz once from torchvision's download: uint8 NHWC images, int64 labels, train_* and test_*."""
-    sets = getattr(import_torchvision().datasets, {"mnist": "MNIST", "cifar10": "CIFAR10"}[name])
+    names = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+    sets = getattr(import_torchvision().datasets, names[name])
     print(f"{path} is missing: downloading {name}", flush=True)
     arrays = {}
     try:

@@ -219,7 +219,8 @@ BAD = [  # command line -> what the message must name
     ("sat_rx.py --dataset digits --ckpt /dev/null/run.pt", "cannot be written"),
     ("sat_rx.py --dataset digits --init nothing.pt", "nothing.pt"), ("sat_rx.py --method eat", "--source"),
     ("evaluate.py", "--ckpt"), ("evaluate.py --ckpt nothing.pt", "nothing.pt"),
-    ("evaluate.py --ckpt .", "cannot be read"), ("evaluate.py --ckpt x.pt --limit -1", "limit"), ("evaluate.py --ckpt x.pt --protocol magic", "magic"),
+    ("evaluate.py --ckpt .", "cannot be read"), ("evaluate.py --ckpt x.pt --limit -1", "limit"),
+    ("evaluate.py --ckpt x.pt --protocol magic", "magic"),
     ("evaluate.py --ckpt x.pt --protocol sat_rx --attacks clean", "give it or --attacks")]
 
 

@@ -1,0 +1,210 @@
+"""ATLAS: adversarial training via local stability.
+
+Adversarial Training via LocAl Stability, 2021. A weak adversary x' is worth more when the network is made stable around
+it: a small Jacobian there (local), and a prediction that agrees with the one at the clean image (global). Eq. 12:
+    mean over x of  CE(x') + alpha * ||J(x')||_F^2 + beta * KL(p(x') || p(x)),     x' in the eps-ball around x
+
+    python atlas.py --steps 1 --alpha 2e-4 --beta 5         # the paper's one-step ATLAS on CIFAR-10, WRN-28-8
+    python atlas.py --dataset digits                        # bundled real digits: no download, a minute on a CPU
+
+Not measured yet: results/ has no network of this script.
+"""
+
+import time
+
+import torch
+
+import common
+
+# The paper's settings (appendix B). MNIST's "4-layer CNN" of two convolutional and two fully connected layers is not
+# printed: LeNet+ is one. Momentum on MNIST is ours. `digits` is a smoke test, its settings are ours.
+CIFAR = dict(model="wrn-28-8", normalize="none", epochs=100, batch_size=64, lr=0.1, weight_decay=2e-4, momentum=0.9,
+             val=5000, eps=8 / 255, step_size=0.007, val_steps=10, ramp=15)
+MNIST = dict(CIFAR, model="lenet+", batch_size=128, lr=0.01, weight_decay=0.0, eps=0.3, step_size=0.01, val_steps=20)
+DIGITS = dict(MNIST, epochs=30, batch_size=32, lr=0.02, val=237, eps=0.1, step_size=0.02, val_steps=10, ramp=4)
+PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS}
+WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no adversary
+    "cifar10": {"atlas": [(2e-4, 5.0), (1e-4, 5.0)], "trades": [(0.0, 2.0), (0.0, 4.0)], "jac": [(0.5, 0.0)] * 2,
+                "tradesjac": [(2e-4, 0.5)] * 2, "adv": [(0.0, 0.0)] * 2},
+    "cifar100": {"atlas": [(2e-4, 5.0), (1e-4, 10.0)], "trades": [(0.0, 2.0), (0.0, 4.0)], "jac": [(0.5, 0.0)] * 2,
+                 "tradesjac": [(2e-4, 0.5)] * 2, "adv": [(0.0, 0.0)] * 2},
+    "mnist": {"atlas": [(1e-5, 0.3), (5e-6, 0.2)], "trades": [(0.0, 1.0)] * 2, "jac": [(0.5, 0.0)] * 2,
+              "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},  # tradesjac: not printed, those of ATLAS
+}
+WEIGHTS["digits"] = WEIGHTS["mnist"]
+
+# Differences from the paper
+# - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, without the factor 1/2 of the public
+#   package that the paper cites: an alpha of its authors may mean half of ours.
+# - Attacks see BatchNorm in eval mode (--attack-mode train: the other, as in the one-step ADV that the paper follows).
+# - PGD's step never exceeds the eps of the moment while eps grows.
+# - alpha and beta of every loss, not of ATLAS alone, grow with eps.
+# - The count of epochs without a gain starts when eps has reached its value, or the first cut could come before.
+
+
+def parse(argv=None):
+    """The resolved flags; argv as in argparse."""
+    parser = common.Parser(__doc__)
+    common.shared_flags(parser, PAPER)
+    flag = parser.add_argument
+    flag("--loss", choices=["atlas", "adv", "trades", "jac", "tradesjac"], default="atlas", help="ATLAS (with --beta 0 "
+         "ATLAS-l, with --alpha 0 ATLAS-g), ADV, TRADES, zero-step JAC or TradesJac (%(default)s)")
+    flag("--steps", type=common.count, default=1, help="steps of the training attack; 1: FGSM of 1.25 eps from a "
+         "random start, more: PGD (%(default)s)")
+    flag("--step-size", type=common.unit, help="PGD's step in [0, 1] units (the paper's)")
+    flag("--alpha", type=common.number(0), help="weight of the Jacobian term (the paper's for --loss and --steps)")
+    flag("--beta", type=common.number(0), help="weight of the KL term (the paper's for --loss and --steps)")
+    flag("--projections", type=common.count, default=1, help="random projections of the Jacobian (%(default)s)")
+    flag("--ramp", type=common.natural, help="epochs over which eps grows from 0 (the paper's)")
+    flag("--plateau", type=common.count, default=2, help="epochs without a gain that divide lr by 5 (%(default)s)")
+    flag("--patience", type=common.count, default=10, help="epochs without a gain that end training (%(default)s)")
+    flag("--val-steps", type=common.count, help="steps of the validation PGD, of --step-size (the paper's)")
+    args = parser.parse_args(argv)
+    if args.val == 0:
+        raise common.UsageError("--val 0: validation guides the learning rate and ends training, it cannot be empty")
+    alpha, beta = WEIGHTS[args.dataset][args.loss][args.steps > 1]
+    if (args.alpha and not alpha) or (args.beta and not beta):
+        raise common.UsageError(f"--loss {args.loss} has no such term: {'--beta' if alpha else '--alpha'} must be 0")
+    return common.resolve(args, dict(PAPER[args.dataset], alpha=alpha, beta=beta))
+
+
+def jacobian_norm(logits, x, projections=1):
+    """Unbiased estimate of ||d logits / dx||_F^2 per sample, (N,), differentiable in the weights (appendix A.1).
+
+    logits: (N, C), computed from x, (N, ...), which requires a gradient. C ||v^T d logits / dx||^2, v uniform on the
+    unit sphere of R^C for each sample, averaged over the projections.
+    """
+    total = 0
+    for _ in range(projections):
+        v = torch.nn.functional.normalize(torch.randn_like(logits), dim=1)
+        projected, = torch.autograd.grad((v * logits).sum(), x, create_graph=True)
+        total = total + projected.flatten(1).square().sum(1)
+    return logits.shape[1] * total / projections
+
+
+def adversary(model, x, y, eps, args):
+    """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a uniform start (appendix B)."""
+    if args.loss == "jac" or eps == 0:
+        return x
+    target, loss = y, common.cross_entropy
+    if args.loss in ("trades", "tradesjac"):
+        with torch.no_grad(), common.model_mode(model, args.attack_mode):
+            target, loss = model(x), common.kl
+    step = 1.25 * eps if args.steps == 1 else min(args.step_size, eps)
+    return common.pgd(model, x, target, eps, step, args.steps, loss=loss, mode=args.attack_mode)
+
+
+def atlas_loss(model, x, y, growth, args):
+    """The training loss on x (N, C, H, W), y (N,), as named scalars; "loss" is the one to minimise.
+
+    growth: eps_t / eps in [0, 1], which scales eps, alpha and beta (appendix A.3). A term of weight 0 is not computed.
+    """
+    alpha, beta = growth * args.alpha, growth * args.beta
+    x_adv = adversary(model, x, y, growth * args.eps, args)
+
+    # Eq. 12:  CE(x') + alpha ||J(x')||^2 + beta KL(p(x') || p(x))
+    # TRADES, JAC, TradesJac (appendix D.1):  CE(x) + alpha ||J(x)||^2 + beta KL(p(x) || p(x'))
+    center, other = (x_adv, x) if args.loss in ("atlas", "adv") else (x, x_adv)
+    center = center.requires_grad_(True) if args.alpha else center
+    logits = model(center)
+    terms = dict(ce=common.cross_entropy(logits, y).mean())
+    loss = terms["ce"]
+    if args.alpha:
+        terms["jacobian"] = jacobian_norm(logits, center, args.projections).mean()
+        loss = loss + alpha * terms["jacobian"]
+    if args.beta:
+        terms["kl"] = common.kl(model(other), reference=logits).mean()
+        loss = loss + beta * terms["kl"]
+    return dict(loss=loss, **terms)
+
+
+def passes(args):
+    """Forward-backward passes of a batch per step; the Jacobian's backward and its differentiation are one each."""
+    attack = 0 if args.loss == "jac" else args.steps
+    return attack + 1 + 2 * args.projections * bool(args.alpha) + bool(args.beta)
+
+
+def guide(history, lr, ramp, plateau, patience):
+    """(learning rate of the next epoch, whether training ends), a pure function of the epochs so far (appendix B).
+
+    Every `plateau` epochs in a row without a gain in validation robust accuracy divide lr by 5; `patience` end the run.
+    """
+    best, waited, since = -1.0, 0, 0
+    for row in history:
+        if row["epoch"] <= ramp:
+            continue
+        gain = row["val/robust"] > best
+        best = max(best, row["val/robust"])
+        waited, since = (0, 0) if gain else (waited + 1, since + 1)
+        if since == plateau:
+            lr, since = lr / 5, 0
+    return lr, waited >= patience
+
+
+def validate(model, val, args, device, precision):
+    """Accuracy on clean images and under PGD at the full eps, and the Jacobian's estimate at clean images."""
+    def attack(x, y):
+        return common.pgd(model, x, y, args.eps, args.step_size, args.val_steps)
+    norms = []
+    with common.autocast(device, precision), common.model_mode(model, "eval"):
+        clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
+        for x, y, _ in common.eval_batches(val, 500):
+            x.requires_grad_(True)
+            norms.append(jacobian_norm(model(x), x).detach())
+    return {"val/clean": clean, "val/robust": robust, "val/jacobian": torch.cat(norms).mean().item()}
+
+
+def announce_overfitting(history):
+    """Catastrophic overfitting (appendix E): the Jacobian doubles while robust accuracy falls by 10 points."""
+    if len(history) > 1:
+        before, now = history[-2:]
+        if now["val/robust"] < before["val/robust"] - 0.1 and now["val/jacobian"] > 2 * before["val/jacobian"]:
+            robust, jacobian = ([row[name] for row in (before, now)] for name in ("val/robust", "val/jacobian"))
+            print("catastrophic overfitting: robust accuracy falls from {:.3f} to {:.3f}, ||J||^2 rises from {:.3g} to "
+                  "{:.3g}".format(*robust, *jacobian), flush=True)
+
+
+def main():
+    args = parse()
+    device, precision = common.set_up(args.device, args.precision)
+    run = common.Run("atlas", dict(vars(args), precision=precision))
+    train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
+
+    common.seed_stream(args.seed, "init")
+    model = common.build_model(args.model, args.dataset, args.normalize, device)
+    if args.init:
+        common.load_weights(model, common.load_checkpoint(args.init)["best"]["state_dict"], args.init)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+
+    batches = -(-len(train.labels) // args.batch_size)
+    for epoch in range(run.restore(model, optimizer), args.epochs):
+        lr, finished = guide(run.history, args.lr, args.ramp, args.plateau, args.patience)
+        if finished:
+            break
+        started, meter = time.perf_counter(), common.Meter(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        augment = common.DATASETS[args.dataset]["augment"]
+        for step, (x, y, _) in enumerate(common.train_batches(train, args.batch_size, args.seed, epoch, augment)):
+            growth = min(1.0, (epoch * batches + step) / (args.ramp * batches)) if args.ramp else 1.0
+            with common.autocast(device, precision):
+                terms = atlas_loss(model, x, y, growth, args)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            meter.add(len(x), terms)
+
+        row = {"epoch": epoch + 1, "lr": lr, "eps": growth * args.eps}
+        row |= {f"train/{name}": value for name, value in meter.read().items()}
+        row["seconds"] = time.perf_counter() - started
+        row |= {"cost/ms_per_batch": 1000 * row["seconds"] / batches, "cost/passes": passes(args)}
+        common.seed_stream(args.seed, "validation", epoch)
+        row |= validate(model, val, args, device, precision)
+        run.finish_epoch(model, optimizer, row, metric=row["val/robust"])
+        announce_overfitting(run.history)
+    run.close()
+
+
+if __name__ == "__main__":
+    common.cli(main)
