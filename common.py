@@ -60,6 +60,9 @@ def cli(main):
     except KeyboardInterrupt:
         print("\ninterrupted: what was saved is kept", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 class Parser(argparse.ArgumentParser):

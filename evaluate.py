@@ -288,10 +288,10 @@ def main():
     dead = dead_gradients(model, test, args.batch_size)
     print(f"images with a zero or non-finite gradient: {100 * dead:.2f} %")
 
-    if args.protocol:
-        print_protocol(args.protocol, dataset, outcomes)
     if args.results:
         write_json(args.results, results(checkpoint, record.outcomes))
+    if args.protocol:
+        print_protocol(args.protocol, dataset, outcomes)
     if wandb := common.wandb_run(vars(args), "evaluate", Path(args.ckpt)):
         wandb.summary.update({f"eval/{o['attack']}": o["accuracy"] for o in outcomes} | {"eval/dead_gradients": dead})
         wandb.finish()
