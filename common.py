@@ -557,11 +557,14 @@ FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its 
 def write_beside(path, write):
     """Call write(file) on PATH.part and rename it to PATH: a reader, or a crash, never sees half a file."""
     part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})")
 
 
 def load_file(path):

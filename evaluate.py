@@ -58,10 +58,16 @@ def parse(argv=None):
     flag("--results", metavar="FILE.json", help="also write the outcomes with training command, commit, hardware, "
          "minutes and history")
     flag("--export", metavar="FILE.pt", help="write the weights as a float16 checkpoint and stop")
+    flag("--overwrite", action="store_true", help="replace the files of --results and --export")
     common.wandb_flag(parser)
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
+    for path in (args.results, args.export):  # before an hour of attacks, not after it
+        if path and not Path(path).parent.is_dir():
+            raise common.UsageError(f"{path}: there is no such folder")
+        if path and Path(path).exists() and not args.overwrite:
+            raise common.UsageError(f"{path} exists: --overwrite replaces it")
     return args
 
 

@@ -178,7 +178,7 @@ def weights_of(content):
     return torch.load(io.BytesIO(content), weights_only=True)["last"]["state_dict"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     """The error names epoch, step and term, and nothing broken is saved: here the first epoch is good."""
     path = tmp_path / "run.pt"
     real = sat_rx.sat_loss
@@ -188,12 +188,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         broken.calls += 1
         return dict(terms, loss=terms["loss"] * (float("inf") if broken.calls > 6 else 1))
     broken.calls = 0
-    sat_rx.sat_loss = broken
-    try:
-        with pytest.raises(common.UsageError, match="loss is (inf|nan) at epoch 2, step 3"):
-            train("--method", "nt", "--epochs", 3, "--ckpt", path)
-    finally:
-        sat_rx.sat_loss = real
+    monkeypatch.setattr(sat_rx, "sat_loss", broken)
+    with pytest.raises(common.UsageError, match="loss is (inf|nan) at epoch 2, step 3"):
+        train("--method", "r2", "--epochs", 3, "--ckpt", path)
     saved = torch.load(path, weights_only=True)
     assert saved["last"]["epoch"] == 1 and all(v.isfinite().all() for v in saved["last"]["state_dict"].values())
 
@@ -326,6 +323,15 @@ def test_export_and_results(tmp_path):
     assert results["training"]["hardware"] and results["training_minutes"] >= 0 and len(results["history"]) == 2
     with pytest.raises(common.UsageError, match="no last weights"):
         evaluate_main("--ckpt", half, "--weights", "last")
+    before = half.read_bytes()
+    for flag, target in (("--export", half), ("--results", tmp_path / "results.json")):
+        with pytest.raises(common.UsageError, match="exists: --overwrite replaces it"):
+            evaluate_main("--ckpt", path, flag, target)
+        with pytest.raises(common.UsageError, match="no such folder"):
+            evaluate_main("--ckpt", path, flag, tmp_path / "nowhere" / "file")
+    assert half.read_bytes() == before
+    evaluate_main("--ckpt", path, "--export", half, "--overwrite", "--weights", "last")
+    assert half.read_bytes() != before
 
 
 def test_wandb_never_asks_and_never_stops_a_run(tmp_path):
