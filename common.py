@@ -100,7 +100,7 @@ def shared_flags(parser, datasets):
     flag = parser.add_argument
     flag("--dataset", choices=list(datasets), default=next(iter(datasets)), help="data set (%(default)s)")
     flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
-    flag("--model", help="backbone: lenet+, eat-a to eat-d, wrn-DEPTH-WIDTH (the paper's for the data set)")
+    flag("--model", help=f"backbone: {BACKBONES} (the paper's for the data set)")
     flag("--normalize", choices=["none", "dataset", "image"], help="a normalising layer inside the model: by the "
          "data set's mean and deviation, or image by image (the paper's)")
     flag("--epochs", type=count, help="training epochs (the paper's)")
@@ -339,6 +339,10 @@ class Classifier(nn.Module):
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
+BACKBONES = ("lenet+, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, vgg11, 13 or 19, "
+             "densenet-bc-100, eat-a to eat-d")
+
+
 def build_model(name, dataset, normalize="none", device="cpu"):
     """A freshly initialised Classifier for a data set, channels_last; raises UsageError for an unknown backbone."""
     facts = DATASETS[dataset]
@@ -353,8 +357,10 @@ def build_model(name, dataset, normalize="none", device="cpu"):
         net = WideResNet(int(blocks), widen, channels, facts["classes"])
     elif re.fullmatch("eat-[abcd]", name):
         net = eat_source(name[-1], channels, height, width, facts["classes"])
+    elif re.fullmatch("resnet(18|34|50|101|152)|vgg(11|13|19)|densenet-bc-100", name):
+        net = torchvision_net(name, channels, height, facts["classes"])
     else:
-        raise UsageError(f"unknown model {name!r}: choose lenet+, eat-a to eat-d, or wrn-DEPTH-WIDTH as in wrn-28-10")
+        raise UsageError(f"unknown model {name!r}: choose {BACKBONES}")
     model = Classifier(net, normalize, facts["mean"], facts["std"])
     return model.to(device, memory_format=torch.channels_last)
 
@@ -384,6 +390,27 @@ def eat_source(letter, channels, height, width, classes):
     net = nn.Sequential(*layers, nn.LazyLinear(classes)).eval()
     net(torch.zeros(1, channels, height, width))  # sets the sizes that the lazy layers leave open
     return net.train()
+
+
+def torchvision_net(name, channels, height, classes):
+    """torchvision's ResNets, VGGs (with BatchNorm) and DenseNet-BC-100. Images below 64 pixels get the usual small
+    stem, a 3x3 convolution of stride 1 without max-pool, and VGGs one linear layer behind the convolutions."""
+    models = import_torchvision().models
+    if name.startswith("densenet"):  # depth 100 = 3 blocks of 16 bottlenecks, 2 convolutions each, + 4; growth 12
+        net = models.DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=classes)
+    else:
+        net = getattr(models, f"{name}_bn" if name.startswith("vgg") else name)(num_classes=classes)
+    if height >= 64:
+        return net
+    if name.startswith("densenet"):
+        net.features.conv0 = nn.Conv2d(channels, 24, 3, padding=1, bias=False)
+        net.features.norm0, net.features.relu0, net.features.pool0 = nn.Identity(), nn.Identity(), nn.Identity()
+    elif name.startswith("vgg"):
+        net.features[0], net.avgpool = nn.Conv2d(channels, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+        net.classifier = nn.Linear(512, classes)
+    else:
+        net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
+    return net
 
 
 class WideBlock(nn.Module):

@@ -128,6 +128,8 @@ def test_seeds_do_not_collide():
 
 @pytest.mark.parametrize("name, dataset, parameters", [
     ("lenet+", "mnist", 832 + 51_264 + 3_212_288 + 10_250), ("wrn-28-10", "cifar10", 36_479_194),
+    ("resnet18", "cifar10", 11_173_962), ("resnet34", "cifar10", 21_282_122), ("vgg11", "cifar10", 9_231_114),
+    ("vgg19", "cifar10", 20_040_522), ("densenet-bc-100", "cifar10", 769_162), ("resnet50", "cifar100", 23_705_252),
     ("wrn-16-4", "cifar10", 2_748_890), ("wrn-32-10", "cifar10", None),
     ("eat-a", "mnist", 1_664 + 102_464 + 25_600 * 128 + 128 + 1_290),
     ("eat-b", "mnist", 64 * 65 + 128 * 2305 + 128 * 3201 + 10 * (128 * 144 + 1)),
@@ -135,13 +137,16 @@ def test_seeds_do_not_collide():
 def test_backbones(name, dataset, parameters):
     """Parameter counts as published; WRN-32 has five blocks in each group."""
     model = common.build_model(name, dataset)
+    if name in ("resnet18", "vgg11", "densenet-bc-100", "eat-b"):
+        assert model(torch.rand(2, *common.DATASETS[dataset]["shape"])).shape == (2, 10)
     if parameters:
         assert sum(p.numel() for p in model.parameters()) == parameters
     else:
         assert sum(isinstance(m, common.WideBlock) for m in model.modules()) == 15
 
 
-@pytest.mark.parametrize("name", ["wrn-27-10", "wrn-4-1", "wrn-28-0", "wrn", "resnet", "lenet", "", "os.system"])
+@pytest.mark.parametrize("name", ["wrn-27-10", "wrn-4-1", "wrn-28-0", "wrn", "resnet", "resnet20", "vgg16", "lenet", "",
+                                  "os.system"])
 def test_unknown_backbones_are_refused(name):
     with pytest.raises(common.UsageError, match="model"):
         common.build_model(name, "mnist")
