@@ -611,7 +611,8 @@ def load_file(path):
 def load_checkpoint(path):
     """The dictionary that training wrote to `path`, checked to be one."""
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {"format", "script", "model", "dataset", "best"} <= checkpoint.keys():
+    needed = {"format", "script", "model", "dataset", "normalize", "args", "provenance", "history", "best", "last"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UsageError(f"{path}: not a checkpoint of a run")
     if checkpoint["format"] != FORMAT:
         raise UsageError(f"{path}: has format {checkpoint['format']}, this code reads {FORMAT}")
