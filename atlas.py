@@ -167,13 +167,13 @@ def announce_overfitting(history):
 def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
-    run = common.Run("atlas", dict(vars(args), precision=precision))
+    run = common.Run("atlas", dict(vars(args), precision=precision), device)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
     if args.init:
-        common.load_weights(model, common.load_checkpoint(args.init)["best"]["state_dict"], args.init)
+        common.load_init(model, args.init)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
     batches = -(-len(train.labels) // args.batch_size)

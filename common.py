@@ -60,6 +60,9 @@ def cli(main):
     except KeyboardInterrupt:
         print("\ninterrupted: what was saved is kept", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory, a smaller --batch-size may fit ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -112,7 +115,7 @@ def shared_flags(parser, datasets):
     flag("--val", type=natural, help="training images kept for validation; 0: none, the last epoch counts as the best "
          "(the paper's)")
     flag("--seed", type=natural, default=0, help="seed of everything random (%(default)s)")
-    flag("--init", metavar="CKPT", help="start from this checkpoint's weights")
+    flag("--init", metavar="CKPT", help="start from the last weights of this checkpoint")
     flag("--ckpt", help="where to write the run (runs/SCRIPT-DATASET-TIME.pt)")
     flag("--resume", action="store_true", help="go on with the run at --ckpt; start it if there is none")
     flag("--overwrite", action="store_true", help="replace the run at --ckpt")
@@ -147,7 +150,7 @@ def set_up(device="auto", precision="auto"):
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(best if device == "auto" else device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -209,8 +212,6 @@ def load_test(name, data_dir, limit, device):
 
 def load_split(name, data_dir, split, device):
     """The whole "train" or "test" Split of a data set, from {data_dir}/{name}.npz; UsageError where that fails."""
-    if name not in DATASETS:
-        raise UsageError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
     if name == "digits":
         images, labels = digits(split)
     else:
@@ -223,8 +224,12 @@ def load_split(name, data_dir, split, device):
         except Exception as error:
             raise UsageError(f"{path} cannot be read ({error!r}): remove it, or put a sound {name}.npz there")
         c, h, w = DATASETS[name]["shape"]
-        if images.dtype != np.uint8 or images.shape != (len(labels), h, w, c) or not len(labels):
-            raise UsageError(f"{path}: {split}_images must be uint8 of shape (N, {h}, {w}, {c}) with N {split}_labels")
+        classes = DATASETS[name]["classes"]
+        if images.dtype != np.uint8 or images.shape[1:] != (h, w, c) or not len(images):
+            raise UsageError(f"{path}: {split}_images must be uint8 of shape (N, {h}, {w}, {c})")
+        known = labels.dtype.kind in "iu" and np.isin(labels, range(classes)).all()
+        if labels.shape != images.shape[:1] or not known:
+            raise UsageError(f"{path}: {split}_labels must be whole numbers of shape (N,) from 0 to {classes - 1}")
         images = images.transpose(0, 3, 1, 2)
     images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     labels = torch.from_numpy(labels.astype(np.int64)).to(device)
@@ -269,10 +274,11 @@ def import_torchvision():
     """torchvision; beside a CPU-only torch its wheel's compiled operators do not load and the import would fail."""
     try:
         import torchvision
+    except ImportError:
+        raise UsageError("torchvision is not installed: pip install torchvision")
     except RuntimeError:  # declare the two operators it looks up; nothing here calls them
-        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-            torch.library.define("torchvision::" + schema.split("(")[0], "(" + schema.split("(", 1)[1])
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
     return torchvision
 
@@ -402,6 +408,8 @@ def torchvision_net(name, channels, height, classes):
         net = getattr(models, f"{name}_bn" if name.startswith("vgg") else name)(num_classes=classes)
     if height >= 64:
         return net
+    if name.startswith("vgg") and height < 32:
+        raise UsageError(f"--model {name} halves its images five times: {height} pixels are too few, 32 are needed")
     if name.startswith("densenet"):
         net.features.conv0 = nn.Conv2d(channels, 24, 3, padding=1, bias=False)
         net.features.norm0, net.features.relu0, net.features.pool0 = nn.Identity(), nn.Identity(), nn.Identity()
@@ -487,7 +495,8 @@ def input_gradient(model, x, target, loss=cross_entropy):
 
 def per_sample(value, x):
     """A number or an (N,) tensor, broadcastable against x (N, C, H, W)."""
-    return torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1)).expand(len(x), 1, 1, 1)
+    value = value.to(x) if torch.is_tensor(value) else torch.full((len(x),), value, dtype=x.dtype, device=x.device)
+    return value.view(-1, *[1] * (x.dim() - 1))
 
 
 def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=None, momentum=None, targeted=False,
@@ -501,7 +510,7 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
     further steps nor further restarts attack it. mode: the model's while attacked, "eval" or "train", restored after.
     Returns the perturbed images, detached.
     """
-    if not (x.amin() >= 0 and x.amax() <= 1):
+    if not ((x >= 0) & (x <= 1)).all():
         raise ValueError("attacks take images in [0, 1]: normalisation belongs inside the model")
     x, eps, step = x.detach(), per_sample(eps, x), per_sample(step, x) * (-1 if targeted else 1)
     lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
@@ -527,6 +536,8 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
             if stop_broken and restarts > 1:
                 with torch.no_grad():
                     rows = rows[model(x_adv).argmax(1) == y]
+                if not len(rows):
+                    break
     return result
 
 
@@ -553,7 +564,7 @@ def ifgsm(model, x, target, eps, steps, **options):
 
 
 def pgd(model, x, target, eps, step, steps, start=uniform_start, **options):
-    """Projected gradient descent from a random start in the ball (Madry et al. 2018; SAT-Rx eqs. 6 to 8)."""
+    """Projected gradient descent, by default from a random start in the ball (Madry et al. 2018; SAT-Rx eqs. 7, 8)."""
     return linf_attack(model, x, target, eps, step, steps, start=start, **options)
 
 
@@ -583,7 +594,7 @@ FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its 
 
 def write_beside(path, write):
     """Call write(file) on PATH.part and rename it to PATH: a reader, or a crash, never sees half a file."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -592,6 +603,8 @@ def write_beside(path, write):
         os.replace(part, path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_file(path):
@@ -621,6 +634,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def load_init(model, path):
+    """Load the last weights of a checkpoint (the best, where it holds no others) into a model."""
+    checkpoint = load_checkpoint(path)
+    load_weights(model, (checkpoint["last"] or checkpoint["best"])["state_dict"], path)
+
+
 def load_weights(model, state_dict, path):
     """Strictly load a backbone's state_dict, also one saved through DDP or torch.compile; UsageError if it differs."""
     state_dict = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state_dict.items()}
@@ -630,9 +649,12 @@ def load_weights(model, state_dict, path):
         raise UsageError(f"{path}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})")
 
 
-def load_model(path, weights="best", device="cpu"):
-    """(Classifier in eval mode with the `best` or `last` weights, checkpoint dictionary) of a run's file."""
+def load_model(path, weights="best", device="cpu", dataset=None):
+    """(Classifier in eval mode with the `best` or `last` weights, checkpoint dictionary) of a run's file; UsageError
+    where it was trained on another data set than `dataset`."""
     checkpoint = load_checkpoint(path)
+    if dataset not in (None, checkpoint["dataset"]):
+        raise UsageError(f"{path}: was trained on {checkpoint['dataset']}, not on {dataset}")
     if not checkpoint.get(weights):
         raise UsageError(f"{path}: holds no {weights} weights")
     model = build_model(checkpoint["model"], checkpoint["dataset"], checkpoint["normalize"], device)
@@ -648,16 +670,16 @@ def weights_sha256(state_dict):
     return digest.hexdigest()
 
 
-def provenance():
+def provenance(device):
     """What a number needs beside it: command, commit, hardware and versions, as plain values."""
     try:
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    gpu = torch.cuda.is_available()
+    gpu = device.type == "cuda"
     return dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit,
-                hardware=torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+                hardware=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
                 versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__))
 
 
@@ -693,17 +715,18 @@ class Run:
 
     FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "wandb")  # what a resumed run may change
 
-    def __init__(self, script, config):
+    def __init__(self, script, config, device):
         """script: its name; config: its resolved flags, plain values. UsageError where the path cannot be used."""
         default = f"runs/{script}-{config['dataset']}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
         self.script, self.config, self.path = script, config, Path(config["ckpt"] or default)
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
-        self.provenance, self.history, self.best, self.wandb_id = provenance(), [], None, None
+        self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
         self.lock_path()
         resumable = self.resume_path.exists()
-        if (self.path.exists() or resumable) and not config["overwrite"] and not (config["resume"] and resumable):
+        exists = any(path.exists() for path in (self.path, self.resume_path, self.log_path))
+        if exists and not config["overwrite"] and not (config["resume"] and resumable):
             go_on = "--resume goes on with it, " if resumable else ""
-            raise UsageError(f"{self.path} exists: {go_on}--overwrite replaces it")
+            raise UsageError(f"{self.path} exists, or its .jsonl: {go_on}--overwrite replaces it")
         self.state = load_file(self.resume_path) if config["resume"] and resumable else None
         if self.state:
             self.adopt(self.state)
@@ -730,6 +753,7 @@ class Run:
         try:
             old, new = dict(state["args"], script=state["script"]), dict(self.config, script=self.script)
             self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+            self.provenance = state["provenance"]  # of the command that started the run
         except (KeyError, TypeError):
             raise UsageError(f"{self.resume_path}: is not what an interrupted run leaves")
         differ = [f"{k.replace('_', '-')} was {old.get(k)}, is {new[k]}" for k in new
@@ -743,6 +767,9 @@ class Run:
             return 0
         load_weights(model, self.state["last"]["state_dict"], self.resume_path)
         optimizer.load_state_dict(self.state["optimizer"])
+        saved = {name: value for name, value in self.state.items() if name != "optimizer"}
+        if not self.path.exists():
+            write_beside(self.path, lambda file: torch.save(saved, file))
         epoch, self.state = self.state["last"]["epoch"], None
         print(f"{self.path}: " + (f"goes on after epoch {epoch}" if epoch < self.config["epochs"] else "is finished"))
         return epoch
@@ -754,6 +781,11 @@ class Run:
         """
         self.history.append(row)
         state = {name: value.detach().cpu().clone() for name, value in model.net.state_dict().items()}
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UsageError(f"weights are no longer finite after epoch {row['epoch']}: the run ends, what was saved "
+                             "before is kept (a lower --lr?)")
+        if row["epoch"] == 1:  # an overwritten run's resume file must not outlive its run.pt
+            self.resume_path.unlink(missing_ok=True)
         last = dict(epoch=row["epoch"], state_dict=state)
         if metric is None or self.best is None or metric > self.best["metric"]:
             self.best = dict(last, metric=metric)
@@ -766,8 +798,12 @@ class Run:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_beside(self.log_path, lambda file: file.write(lines.encode()))
         write_beside(self.resume_path, lambda file: torch.save(dict(saved, optimizer=optimizer.state_dict()), file))
-        if self.wandb:
-            self.wandb.log(row)
+        try:
+            if self.wandb:
+                self.wandb.log(row)
+        except Exception as error:
+            print(f"W&B failed, logging to local files only: {error}")
+            self.wandb = None
         print_row(row, config["epochs"])
 
     def close(self):
@@ -793,15 +829,17 @@ def wandb_run(config, script, path, run_id=None):
         return None
     try:
         import wandb
-    except ImportError:
-        print("wandb is not installed: logging to local files only")
+    except Exception as error:
+        print(f"wandb is not installed, logging to local files only ({error})")
         return None
-    if mode == "auto":
+    if mode in ("auto", "online"):
         host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
         try:
-            key = os.environ.get("WANDB_API_KEY") or netrc().authenticators(host)
+            key = os.environ.get("WANDB_API_KEY") or netrc(os.environ.get("NETRC")).authenticators(host)
         except (OSError, NetrcParseError):
             key = None
+        if mode == "online" and not key:
+            print("W&B: no key is configured (wandb login), logging offline")
         mode = "online" if key else "offline"
     for attempt in dict.fromkeys([mode, "offline"]):
         try:

@@ -63,7 +63,11 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
+    stem = Path(args.ckpt).parent / Path(args.ckpt).stem
+    own = [Path(f"{stem}{end}").resolve() for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
     for path in (args.results, args.export):  # before an hour of attacks, not after it
+        if path and Path(path).resolve() in own:
+            raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt}: choose another name")
         if path and not Path(path).parent.is_dir():
             raise common.UsageError(f"{path}: there is no such folder")
         if path and Path(path).exists() and not args.overwrite:
@@ -138,6 +142,8 @@ def evaluate(model, test, attack, batch_size, seed, precision="float32", images=
             if not (x_adv.amin() >= 0 and x_adv.amax() <= 1):
                 raise AssertionError(f"{attack.name} left [0, 1]")
             largest = max(largest, (x_adv - x).abs().amax().item())
+            if largest > (attack.eps or 0) + 1e-6:
+                raise AssertionError(f"{attack.name} left its ball: {largest} is above {attack.eps}")
             with torch.no_grad():
                 flags[rows.cpu()] = (model(x_adv).argmax(1) == y).cpu()
     return flags.numpy(), largest
@@ -146,7 +152,8 @@ def evaluate(model, test, attack, batch_size, seed, precision="float32", images=
 def transfer_images(path, sha, surrogate, test, attack, batch_size, seed):
     """A surrogate's adversarial images for a Split, (N, C, H, W) float32 on the CPU, judged by no one: all steps are
     taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint."""
-    key = fingerprint(dict(attack._asdict(), sha=sha, n=len(test.labels), seed=seed))
+    pixels = hashlib.sha256(test.images.cpu().numpy().tobytes() + test.labels.cpu().numpy().tobytes()).hexdigest()
+    key = fingerprint(dict(attack._asdict(), sha=sha, images=pixels, batch_size=batch_size, seed=seed))
     kept = Path(path).with_suffix(f".{attack.name}-{key}.npy")
     if not kept.exists():
         parts = []
@@ -184,10 +191,15 @@ class Record:
 
     def __init__(self, path, shas):
         self.json_path, self.npz_path = Path(path).with_suffix(".eval.json"), Path(path).with_suffix(".eval.npz")
+        self.shas = list(shas)
+        self.read()
+
+    def read(self):
+        """What is on disk of these networks; another evaluation of the same checkpoint may have added to it."""
         self.outcomes, self.flags = [], {}
         try:
             if self.json_path.exists():
-                self.outcomes = [o for o in json.loads(self.json_path.read_text()) if o["weights_sha256"] in shas]
+                self.outcomes = [o for o in json.loads(self.json_path.read_text()) if o["weights_sha256"] in self.shas]
             if self.npz_path.exists():
                 keys = {o["key"] for o in self.outcomes}
                 with np.load(self.npz_path) as arrays:
@@ -197,6 +209,7 @@ class Record:
 
     def add(self, settings, measured, flags):
         """Replace the outcome of the same settings and save; returns the outcome."""
+        self.read()
         key = fingerprint(settings)
         outcome = dict(settings, **measured, key=key)
         self.outcomes = [o for o in self.outcomes if o["key"] != key] + [outcome]
@@ -206,19 +219,19 @@ class Record:
         return outcome
 
 
-def results(checkpoint, outcomes):
+def results(checkpoint, outcomes, device):
     """The content of results/NAME.json: the outcomes, and how the network came to be."""
     history = checkpoint["history"]
     return dict(script=checkpoint["script"], model=checkpoint["model"], dataset=checkpoint["dataset"],
                 args=checkpoint["args"], best_epoch=checkpoint["best"]["epoch"], training=checkpoint["provenance"],
                 training_minutes=round(sum(row["seconds"] for row in history) / 60, 1),
-                evaluation=common.provenance(), outcomes=outcomes, history=history)
+                evaluation=common.provenance(device), outcomes=outcomes, history=history)
 
 
 def export(path, checkpoint, weights):
     """A float16 checkpoint of one set of weights, under `best`; evaluate.py reads it like any other."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint[weights]["state_dict"].items()}
-    best = dict(checkpoint["best"], epoch=checkpoint[weights]["epoch"], state_dict=half)
+    best = dict(checkpoint[weights], metric=checkpoint[weights].get("metric"), state_dict=half)
     slim = dict(checkpoint, best=best, last=None, method_state=None)
     common.write_beside(path, lambda file: torch.save(slim, file))
 
@@ -247,7 +260,9 @@ def print_protocol(protocol, dataset, outcomes):
         return print(f"the rows of the paper are not at hand (results/papers.json has none for {protocol}, {dataset})")
     ours = {o["attack"]: 100 * o["accuracy"] for o in outcomes}
     rows = dict(table["rows"], **{"this network": [ours.get(column) for column in table["columns"]]})
-    print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %")
+    eps = max(o["eps"] or 0 for o in outcomes)
+    print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %. This network: "
+          f"eps {eps:.4g}, {outcomes[0]['n']} images; attacks may succeed at any step, the paper's at the last.")
     print(f"{'':<14}" + "".join(f"{column:>{len(column) + 2}}" for column in table["columns"]))
     for name, row in rows.items():
         cells = ("-" if value is None else f"{value:.2f}" for value in row)
@@ -261,7 +276,8 @@ def main():
     if args.export:
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
-    dataset, eps = checkpoint["dataset"], args.eps or checkpoint["args"]["eps"]
+    dataset = checkpoint["dataset"]
+    eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else checkpoint["args"]["eps"])
     if args.protocol and dataset not in PROTOCOLS[args.protocol]:
         raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
     plan = PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK
@@ -270,7 +286,8 @@ def main():
     todo = [(attack, None) for attack in parse_attacks(plan["attacks"], *budget)]
     transfer = parse_attacks(plan["transfer"], *budget)
     todo += [(attack, path) for path in args.surrogate for attack in transfer]
-    surrogates = {path: common.load_model(path, device=device) for path in args.surrogate}
+    surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}
+    names = [source["model"] for _, source in surrogates.values()]
     test = common.load_test(dataset, args.data_dir, plan["limit"] or None, device)
 
     shas = {w: common.weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
@@ -279,13 +296,14 @@ def main():
           f"{checkpoint[args.weights]['epoch']}; {len(test.labels)} test images, {precision}")
     for attack, path in todo:
         settings = dict(attack=attack.name, **attack._asdict(), n=len(test.labels), seed=args.seed, precision=precision,
-                        weights_sha256=shas[args.weights])
+                        weights=args.weights, weights_sha256=shas[args.weights])
         del settings["name"]
         started, images = time.perf_counter(), None
         if path:
             surrogate, source = surrogates[path]
             sha = common.weights_sha256(source["best"]["state_dict"])
-            settings |= dict(attack=f"{attack.name}@{source['model']}", surrogate_sha256=sha)
+            name = source["model"] if names.count(source["model"]) == 1 else Path(path).stem
+            settings |= dict(attack=f"{attack.name}@{name}", surrogate_sha256=sha)
             images = transfer_images(path, sha, surrogate, test, attack, args.batch_size, args.seed)
         flags, largest = evaluate(model, test, attack, args.batch_size, args.seed, precision, images)
         measured = dict(accuracy=float(flags.mean()), largest=largest, seconds=round(time.perf_counter() - started, 2))
@@ -295,7 +313,8 @@ def main():
     print(f"images with a zero or non-finite gradient: {100 * dead:.2f} %")
 
     if args.results:
-        write_json(args.results, results(checkpoint, record.outcomes))
+        kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
+        write_json(args.results, results(checkpoint, kept, device))
     if args.protocol:
         print_protocol(args.protocol, dataset, outcomes)
     if wandb := common.wandb_run(vars(args), "evaluate", Path(args.ckpt)):

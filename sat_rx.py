@@ -27,7 +27,7 @@ METHOD = {
     "cifar10": {"r1": dict(lam=0.2), "r2": dict(lam=25.0), "r3": dict(lam=1.0, tau=0.6), "trades": dict(lam=6.0)},
     "mnist": {"r1": dict(lam=0.2), "r2": dict(lam=5.0), "r3": dict(lam=1.0, tau=0.4, lr=0.05), "trades": dict(lam=6.0)},
 }
-METHOD["digits"] = METHOD["mnist"]
+METHOD["digits"] = dict(METHOD["mnist"], r3=dict(lam=1.0, tau=0.4))
 METHODS = {"nt": "normal training", "fgsm-at": "FGSM-AT", "rfgsm-at": "on R-FGSM samples alone, ablation R2-2",
            "eat": "FGSM-AT with samples of the --source networks too", "pgd-at": "PGD-AT", "trades": "TRADES",
            "r1": "FGSM samples near IFGSM ones", "r2": "near R-FGSM ones", "r3": "with a loss that grows with eps"}
@@ -40,6 +40,10 @@ METHODS = {"nt": "normal training", "fgsm-at": "FGSM-AT", "rfgsm-at": "on R-FGSM
 #   by alpha: --r3-noise does so too.
 # - R1's IFGSM takes the 40 (MNIST) and 7 (CIFAR-10) steps of table 8; the authors' code takes 10 and 3: --attack-steps.
 # - lr falls by 5 after 1/4, 1/2 and 3/4 of the epochs; the authors' code drops it one epoch later.
+# - FGSM-AT and EAT train on one forward pass of clean and FGSM images, TRADES on one of each.
+# - PGD-AT and the PGD on held-out images start in the whole ball, not within a step of x as in eq. 6.
+# - WRN is the standard one; the authors' has its stride in the second convolution, biases, Xavier's initialisation.
+# - bfloat16 where the hardware has it, also for the attacks that choose the best epoch; evaluate.py is in float32.
 # - TRADES: 1/lambda = 6 (--lam) and a Gaussian start of deviation 0.001, its own authors' values; the paper has none.
 
 
@@ -53,21 +57,24 @@ def parse(argv=None):
     flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; 1/lambda of TRADES (the paper's)")
     flag("--tau", type=common.number(0, 1), help="R3: loss at eps-low stays below tau times that at eps (the paper's)")
     flag("--k", type=common.count, help="R1: pairs of FGSM and IFGSM samples per step (the paper's: 1)")
-    flag("--attack-steps", type=common.count, help="steps of R1's IFGSM, of PGD-AT, of TRADES and of the PGD on "
-         "held-out images (the paper's)")
+    flag("--attack-steps", type=common.count, help="steps of R1's IFGSM, of PGD-AT and of TRADES (the paper's)")
     flag("--step-size", type=common.unit, help="step of those PGD attacks, in [0, 1] units (the paper's)")
     flag("--rfgsm-alpha", type=common.unit, help="R-FGSM's first, random step (the paper's)")
     flag("--eps-low", type=common.unit, help="R3: the smaller radius (the paper's)")
     flag("--r3-noise", action="store_true", help="R3: start from the image after R-FGSM's random step, clipped")
     flag("--ce-all", action="store_true", help="cross-entropy on the regulariser's samples too; with --lam 0 ablations "
-         "R1-1, R2-1, R3-2, with --k also R1-3; --method r3 --lam 0 alone is R3-1")
+         "R1-1, R2-1, R3-2, with --k (13 for 40 %%) also R1-3; --method r3 --lam 0 alone is R3-1")
     flag("--source", metavar="CKPT", action="append", default=[], help="EAT: a network that also makes FGSM samples, "
          "drawn per batch; may be repeated")
     args = parser.parse_args(argv)
     if (args.method == "eat") != bool(args.source):
         raise common.UsageError("--method eat needs --source CKPT, once or more, and no other method takes it")
     settings = dict(lam=0.0, tau=1.0)
-    return common.resolve(args, {**settings, **PAPER[args.dataset], **METHOD[args.dataset].get(args.method, {})})
+    common.resolve(args, {**settings, **PAPER[args.dataset], **METHOD[args.dataset].get(args.method, {})})
+    if args.rfgsm_alpha >= args.eps or (args.method == "r3" and args.eps_low >= args.eps):
+        raise common.UsageError(f"--rfgsm-alpha ({args.rfgsm_alpha:g}) and, for r3, --eps-low ({args.eps_low:g}) must "
+                                f"be below --eps ({args.eps:g})")
+    return args
 
 
 def baseline_loss(model, x, y, args, sources=()):
@@ -75,6 +82,7 @@ def baseline_loss(model, x, y, args, sources=()):
     method, eps, options, m = args.method, args.eps, dict(mode=args.attack_mode), len(x)
     if method in ("fgsm-at", "eat"):  # half of the batch is replaced
         crafter = [model, *sources][torch.randint(1 + len(sources), ()).item()]
+        options = options if crafter is model else {}  # sources stay in eval mode
         x_fgsm = common.fgsm(crafter, x[:m // 2], y[:m // 2], eps, **options) if m > 1 else x[:0]
         x = torch.cat([x_fgsm, x[m // 2:]])
     if method == "rfgsm-at":
@@ -134,7 +142,7 @@ def sat_loss(model, x, y, args):
 def masking_signals(model, x, y, args):
     """What figs. 1 and 2 watch, on held-out images: mean L2 distances between the logits of FGSM samples and those of
     IFGSM and R-FGSM samples, the mean loss on PGD minus that on FGSM samples, and both accuracies."""
-    steps = args.attack_steps
+    steps = PAPER[args.dataset]["attack_steps"]
     with common.model_mode(model, "eval"):
         attacked = [common.fgsm(model, x, y, args.eps), common.ifgsm(model, x, y, args.eps, steps),
                     common.rfgsm(model, x, y, args.eps, args.rfgsm_alpha),
@@ -158,15 +166,15 @@ def announce_masking(history, pgd):
 def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
-    run = common.Run("sat_rx", dict(vars(args), precision=precision))
+    run = common.Run("sat_rx", dict(vars(args), precision=precision), device)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
     probe = next(common.eval_batches(val, 500)) if args.val else None  # held-out images to watch masking on
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
     if args.init:
-        common.load_weights(model, common.load_checkpoint(args.init)["best"]["state_dict"], args.init)
-    sources = [common.load_model(path, device=device)[0] for path in args.source]
+        common.load_init(model, args.init)
+    sources = [common.load_model(path, device=device, dataset=args.dataset)[0] for path in args.source]
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
     for epoch in range(run.restore(model, optimizer), args.epochs):
@@ -196,7 +204,7 @@ def main():
                 row |= masking_signals(model, *probe[:2], args)
         run.finish_epoch(model, optimizer, row, metric=row.get("val/ifgsm-3"))
         if probe and args.method not in ("nt", "pgd-at", "trades"):
-            announce_masking(run.history, f"val/pgd-{args.attack_steps}")
+            announce_masking(run.history, f"val/pgd-{PAPER[args.dataset]['attack_steps']}")
     run.close()
 
 

@@ -59,7 +59,10 @@ def test_launch_then_evaluate(tmp_path, method, capsys):
         assert outcome["largest"] <= 0.1 + 1e-6 and (outcome["largest"] > 0) == (name != "clean")
     history = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in history] == [1, 2]
-    assert {"train/loss", "val/clean", "val/ifgsm-3", "val/fgsm", "val/pgd-2", "masking/loss_gap"} <= history[0].keys()
+    assert {"train/loss", "val/clean", "val/ifgsm-3", "val/fgsm", "val/pgd-10", "masking/loss_gap"} <= history[0].keys()
+    best = torch.load(path, weights_only=True)["best"]
+    assert best["metric"] == max(row["val/ifgsm-3"] for row in history)
+    assert history[best["epoch"] - 1]["val/ifgsm-3"] == best["metric"]
     assert "run.pt" in capsys.readouterr().out
 
 
@@ -109,7 +112,7 @@ def test_accuracies_are_those_of_a_plain_loop(train, tmp_path):
 @pytest.mark.parametrize("delay", [0.0, 0.4])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, delay):
     """SIGKILL some time after the first save, then --resume: the same weights bit for bit, the same history."""
-    words = ["--method", "r2", "--epochs", 6, "--wandb", "disabled", *SHORT]
+    words = ["--method", "r2", "--epochs", 16, "--wandb", "disabled", *SHORT]
     assert shell("sat_rx.py", *words, "--ckpt", tmp_path / "whole.pt")[0] == 0
     process = subprocess.Popen([sys.executable, ROOT / "sat_rx.py", *map(str, words), "--ckpt", tmp_path / "cut.pt"],
                                stdout=subprocess.DEVNULL)
@@ -120,14 +123,14 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, delay):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = torch.load(tmp_path / "cut.resume.pt", weights_only=True)["last"]["epoch"]
-    assert 1 <= done < 6, "killed too late to show anything"
+    assert 1 <= done < 16, "killed too late to show anything"
     code, out, _ = shell("sat_rx.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
     assert code == 0 and f"goes on after epoch {done}" in out
     for which in ("best", "last"):
         assert same(weights(tmp_path / "whole.pt", which), weights(tmp_path / "cut.pt", which))
     histories = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
                   for line in (tmp_path / name).read_text().splitlines()] for name in ("whole.jsonl", "cut.jsonl")]
-    assert histories[0] == histories[1] and len(histories[0]) == 6
+    assert histories[0] == histories[1] and len(histories[0]) == 16
 
 
 def test_killed_between_two_files(tmp_path, monkeypatch):
@@ -154,7 +157,7 @@ def test_paths_in_use_are_kept(tmp_path, capsys):
     words = ["--method", "nt", "--epochs", 1, "--ckpt", path]
     train(*words, "--resume")  # nothing there: starts
     before = path.read_bytes()
-    with pytest.raises(common.UsageError, match="exists: --resume goes on with it, --overwrite replaces it"):
+    with pytest.raises(common.UsageError, match="exists.*--resume goes on with it, --overwrite replaces it"):
         train(*words)
     with pytest.raises(common.UsageError, match="lr was 0.02, is 0.5"):
         train(*words, "--resume", "--lr", "0.5")
@@ -162,6 +165,9 @@ def test_paths_in_use_are_kept(tmp_path, capsys):
         train(*words, "--resume", "--overwrite")
     train(*words, "--resume")
     assert "is finished" in capsys.readouterr().out and path.read_bytes() == before
+    path.unlink()
+    train(*words, "--resume")  # run.resume.pt alone brings the run back
+    assert same(weights(path), weights_of(before))
     with common.fcntl and open(f"{path}.lock", "w") as lock:
         common.fcntl.flock(lock, common.fcntl.LOCK_EX)
         with pytest.raises(common.UsageError, match="another run is writing"):
@@ -169,8 +175,14 @@ def test_paths_in_use_are_kept(tmp_path, capsys):
     train(*words, "--overwrite", "--seed", 1)
     assert not same(torch.load(path, weights_only=True)["last"]["state_dict"], weights_of(before))
     path.with_suffix(".resume.pt").unlink()
-    with pytest.raises(common.UsageError, match="exists: --overwrite replaces it"):
+    with pytest.raises(common.UsageError, match="exists.*: --overwrite replaces it"):
         train(*words, "--resume")
+    for name in ("run.pt", "run.jsonl"):
+        (tmp_path / name).unlink()
+    (tmp_path / "run.jsonl").write_text("somebody's notes")
+    with pytest.raises(common.UsageError, match="--overwrite replaces it"):
+        train(*words)
+    assert (tmp_path / "run.jsonl").read_text() == "somebody's notes"
 
 
 def weights_of(content):
@@ -293,6 +305,50 @@ def test_prefixes_of_wrapped_networks_are_stripped(prefix, tmp_path):
     torch.save(saved, path)
     with pytest.raises(common.UsageError, match="do not fit"):
         common.load_model(path)
+
+
+def test_a_protocol_says_what_it_compares(tmp_path, capsys):
+    """--protocol takes the paper's eps, prints its rows, dashes what was not run; another data set's surrogate is
+    refused, and --results does not replace a file of the checkpoint."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mnist.npz", **{f"{s}_images": rng.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8)
+                                        for s in ("train", "test")}, train_labels=rng.integers(0, 10, 60),
+             test_labels=rng.integers(0, 10, 60))
+    words = ["--dataset", "mnist", "--data-dir", tmp_path, "--method", "nt", "--epochs", 1, "--val", 0, "--eps", "0.1"]
+    run_main(sat_rx.main, "sat_rx.py", *words, "--ckpt", tmp_path / "m.pt")
+    evaluate_main("--ckpt", tmp_path / "m.pt", "--data-dir", tmp_path, "--protocol", "sat_rx", "--limit", 5)
+    out = capsys.readouterr().out
+    assert "Table 3" in out and "this network" in out and "eps 0.3, 5 images" in out and "SAT-R2" in out
+    assert all(o["eps"] in (None, 0.3) for o in json.loads((tmp_path / "m.eval.json").read_text()))
+    train("--method", "nt", "--epochs", 1, "--ckpt", tmp_path / "d.pt")
+    with pytest.raises(common.UsageError, match="was trained on digits, not on mnist"):
+        evaluate_main("--ckpt", tmp_path / "m.pt", "--data-dir", tmp_path, "--surrogate", tmp_path / "d.pt")
+    with pytest.raises(common.UsageError, match="has no columns for digits"):
+        evaluate_main("--ckpt", tmp_path / "d.pt", "--protocol", "sat_rx")
+    with pytest.raises(common.UsageError, match="belongs to --ckpt"):
+        evaluate_main("--ckpt", tmp_path / "d.pt", "--results", tmp_path / "d.eval.json", "--overwrite")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The last update of an epoch may break the weights after a finite loss: the files of the epoch before remain."""
+    path, real = tmp_path / "run.pt", common.Meter.read
+
+    def read(meter):
+        if meter.epoch == 1:
+            model_of.net[0].weight.data[0] = float("nan")
+        return real(meter)
+    build = common.build_model
+
+    def remember(*args):
+        nonlocal model_of
+        model_of = build(*args)
+        return model_of
+    model_of = None
+    monkeypatch.setattr(common, "build_model", remember)
+    monkeypatch.setattr(common.Meter, "read", read)
+    with pytest.raises(common.UsageError, match="no longer finite after epoch 2"):
+        train("--method", "nt", "--epochs", 3, "--val", 0, "--ckpt", path)
+    assert torch.load(path, weights_only=True)["last"]["epoch"] == 1
 
 
 def test_nothing_of_an_earlier_network_remains(tmp_path):

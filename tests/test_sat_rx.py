@@ -207,8 +207,24 @@ def test_masking_signals_tell_a_masked_network():
     masked = sat_rx.masking_signals(plain(Kinked()), x, y, args)
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     sound = sat_rx.masking_signals(plain(linear), x, y, args)
-    assert masked["masking/l2_ifgsm"] > 10 * sound["masking/l2_ifgsm"]
+    assert (masked["val/fgsm"], masked["val/pgd-10"]) == (1, 0) and masked["masking/loss_gap"] > 0.5
+    assert masked["masking/l2_ifgsm"] > 0.5 and sound["masking/l2_ifgsm"] < 1e-3
     assert sound["masking/loss_gap"] == pytest.approx(0, abs=1e-3)
+
+
+def test_masking_is_announced_once(capsys):
+    rows = [{"val/fgsm": 0.8, "val/pgd-40": 0.75}, {"val/fgsm": 0.9, "val/pgd-40": 0.1}]
+    for epochs, said in ((1, False), (2, True), (3, False)):
+        sat_rx.announce_masking((rows + rows[1:])[:epochs], "val/pgd-40")
+        message = "masking sets in: 90 % of held-out images survive FGSM, 10 % PGD-40"
+        assert (message in capsys.readouterr().out) == said
+
+
+def test_radii_out_of_order_are_refused():
+    """R-FGSM's second step would descend, R3's penalty would compare a loss with itself."""
+    for flags in (["--dataset", "cifar10", "--eps", "1/255"], ["--dataset", "mnist", "--method", "r3", "--eps", "0.1"]):
+        with pytest.raises(common.UsageError, match="below --eps"):
+            sat_rx.parse(flags)
 
 
 def test_r2_is_more_robust_than_normal_training(train):
