@@ -7,7 +7,6 @@ attacks are per sample: loss(logits, target) -> (N,). Randomness is a pure funct
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -202,12 +201,6 @@ def load_train(name, data_dir, val, limit, device):
     held_out[subset(n, val)] = True
     train, held_out = whole.take((~held_out).nonzero()[:, 0]), whole.take(held_out.nonzero()[:, 0])
     return train.take(subset(n - val, limit)), held_out.take(subset(val, limit))
-
-
-def load_test(name, data_dir, limit, device):
-    """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest)."""
-    whole = load_split(name, data_dir, "test", device)
-    return whole.take(subset(len(whole.labels), limit))
 
 
 def load_split(name, data_dir, split, device):
@@ -660,14 +653,6 @@ def load_model(path, weights="best", device="cpu", dataset=None):
     model = build_model(checkpoint["model"], checkpoint["dataset"], checkpoint["normalize"], device)
     load_weights(model, checkpoint[weights]["state_dict"], path)
     return model.eval(), checkpoint
-
-
-def weights_sha256(state_dict):
-    """sha256 over names and values: the identity of a network in everything that is measured of it."""
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        digest.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def provenance(device):

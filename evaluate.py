@@ -128,6 +128,12 @@ def parse_attacks(text, dataset, eps, step=None, start="ball"):
     return attacks
 
 
+def load_test(name, data_dir, limit, device):
+    """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest)."""
+    whole = common.load_split(name, data_dir, "test", device)
+    return whole.take(common.subset(len(whole.labels), limit))
+
+
 def evaluate(model, test, attack, batch_size, seed, precision="float32", images=None):
     """Attack every image of a Split; (which stay correct: bool (N,), largest perturbation measured, in [0, 1] units).
 
@@ -175,6 +181,14 @@ def dead_gradients(model, test, batch_size):
 
 
 # ---------------------------------------------------------------------------------------------------------- record
+
+def weights_sha256(state_dict):
+    """sha256 over names and values: the identity of a network in everything that is measured of it."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        digest.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
 
 def fingerprint(settings):
     """16 hex digits that stand for a dictionary of plain values."""
@@ -288,9 +302,9 @@ def main():
     todo += [(attack, path) for path in args.surrogate for attack in transfer]
     surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}
     names = [source["model"] for _, source in surrogates.values()]
-    test = common.load_test(dataset, args.data_dir, plan["limit"] or None, device)
+    test = load_test(dataset, args.data_dir, plan["limit"] or None, device)
 
-    shas = {w: common.weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
+    shas = {w: weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
     record, outcomes = Record(args.ckpt, shas.values()), []
     print(f"{args.ckpt}: {checkpoint['script']}, {checkpoint['model']} on {dataset}, {args.weights} weights of epoch "
           f"{checkpoint[args.weights]['epoch']}; {len(test.labels)} test images, {precision}")
@@ -301,7 +315,7 @@ def main():
         started, images = time.perf_counter(), None
         if path:
             surrogate, source = surrogates[path]
-            sha = common.weights_sha256(source["best"]["state_dict"])
+            sha = weights_sha256(source["best"]["state_dict"])
             name = source["model"] if names.count(source["model"]) == 1 else Path(path).stem
             settings |= dict(attack=f"{attack.name}@{name}", surrogate_sha256=sha)
             images = transfer_images(path, sha, surrogate, test, attack, args.batch_size, args.seed)

@@ -216,7 +216,7 @@ def test_stopping_early_saves_passes():
 def trained(train):
     """A robust network on digits and its test images."""
     model, _ = common.load_model(train("r2", "--epochs", "6"))
-    return model, common.load_test("digits", "data", 200, "cpu")
+    return model, evaluate.load_test("digits", "data", 200, "cpu")
 
 
 def accuracy_of_foolbox(attack, model, test, eps):

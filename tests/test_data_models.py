@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import common
+import evaluate
 from conftest import plain
 
 
@@ -35,7 +36,7 @@ def test_training_does_not_read_the_test_images(tmp_path):
     write_npz(tmp_path / "mnist.npz", test_images=None, test_labels=None)
     assert len(common.load_train("mnist", tmp_path, 0, None, "cpu")[0].labels) == 40
     with pytest.raises(common.UsageError, match="cannot be read"):
-        common.load_test("mnist", tmp_path, None, "cpu")
+        evaluate.load_test("mnist", tmp_path, None, "cpu")
 
 
 @pytest.mark.parametrize("changes", [
@@ -59,7 +60,7 @@ def test_missing_data_without_a_network_is_named(tmp_path, monkeypatch):
             raise OSError("no network")
     monkeypatch.setattr(common.import_torchvision().datasets, "CIFAR10", Unreachable)
     with pytest.raises(common.UsageError, match=r"cifar10.npz is missing.*data.invalid.*no network.*train_images"):
-        common.load_test("cifar10", tmp_path / "new", None, "cpu")
+        evaluate.load_test("cifar10", tmp_path / "new", None, "cpu")
 
 
 def test_download_writes_the_npz_once(tmp_path, monkeypatch):
@@ -69,7 +70,7 @@ def test_download_writes_the_npz_once(tmp_path, monkeypatch):
             self.data = np.full((5, 32, 32, 3), 7 if train else 9, np.uint8)
             self.targets = [0, 1, 2, 3, 4]
     monkeypatch.setattr(common.import_torchvision().datasets, "CIFAR10", Fake)
-    assert (common.load_test("cifar10", tmp_path, None, "cpu").images == 9).all()
+    assert (evaluate.load_test("cifar10", tmp_path, None, "cpu").images == 9).all()
     monkeypatch.delattr(common.import_torchvision().datasets, "CIFAR10")
     train, _ = common.load_train("cifar10", tmp_path, 0, None, "cpu")
     assert train.images.shape == (5, 3, 32, 32) and (train.images == 7).all()
@@ -77,7 +78,7 @@ def test_download_writes_the_npz_once(tmp_path, monkeypatch):
 
 def test_digits():
     train, val = common.load_train("digits", "nowhere", 237, None, "cpu")
-    test = common.load_test("digits", "nowhere", None, "cpu")
+    test = evaluate.load_test("digits", "nowhere", None, "cpu")
     assert (len(train.labels), len(val.labels), len(test.labels)) == (1200, 237, 360)
     assert train.images.shape[1:] == (1, 28, 28) and train.images.max() > 250
     images = {image.numpy().tobytes() for image in train.images}

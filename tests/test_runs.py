@@ -79,7 +79,7 @@ def test_eat_and_transfer(tmp_path, capsys):
     assert images == {p: p.stat().st_mtime_ns for p in tmp_path.glob("source.*.npy")}
     outcomes = {o["attack"]: o for o in json.loads((tmp_path / "run.eval.json").read_text())}
     assert list(outcomes) == ["clean", "fgsm@eat-d", "mi-fgsm-4@eat-d"]
-    test = common.load_test("digits", "data", 50, "cpu")
+    test = evaluate.load_test("digits", "data", 50, "cpu")
     (target, _), (surrogate, _) = common.load_model(path), common.load_model(source)
     x_adv = common.fgsm(surrogate, common.to_float(test.images), test.labels, 0.1)
     assert outcomes["fgsm@eat-d"]["accuracy"] == (target(x_adv).argmax(1) == test.labels).double().mean().item()
@@ -95,7 +95,7 @@ def test_accuracies_are_those_of_a_plain_loop(train, tmp_path):
     clean, attacked = json.loads((tmp_path / "run.eval.json").read_text())
     flags = np.load(tmp_path / "run.eval.npz")
     model, _ = common.load_model(path)
-    test = common.load_test("digits", "data", None, "cpu")
+    test = evaluate.load_test("digits", "data", None, "cpu")
     counts = [0, 0]
     for i, (image, label) in enumerate(zip(test.images, test.labels)):
         x = (image[None] / 255).requires_grad_(True)
@@ -435,7 +435,7 @@ def test_precision_of_evaluation_is_said(tmp_path, capsys):
 def test_vanished_gradients_are_reported(train):
     """The share of zero gradients: none for a trained network, all for one that gives up its gradient."""
     model, _ = common.load_model(train("nt", "--epochs", "4"))
-    test = common.load_test("digits", "data", 60, "cpu")
+    test = evaluate.load_test("digits", "data", 60, "cpu")
     assert evaluate.dead_gradients(model, test, 30) == 0
     forward = model.net.forward
     model.net.forward = lambda x: forward(x.round()) + 0 * x.sum()
