@@ -7,6 +7,7 @@ attacks are per sample: loss(logits, target) -> (N,). Randomness is a pure funct
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -338,16 +339,23 @@ class Classifier(nn.Module):
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
-BACKBONES = ("lenet+, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, vgg11, 13 or 19, "
-             "densenet-bc-100, eat-a to eat-d")
+BACKBONES = ("lenet+, cnn-small, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, vgg11, 13 or 19, "
+             "densenet-bc-100, eat-a to eat-d, or your own: path/to/file.py:function")
 
 
 def build_model(name, dataset, normalize="none", device="cpu"):
-    """A freshly initialised Classifier for a data set, channels_last; raises UsageError for an unknown backbone."""
+    """A freshly initialised Classifier for a data set, channels_last; raises UsageError for an unknown backbone.
+
+    "path/to/file.py:function" imports the file and calls the function, which returns the network.
+    """
     facts = DATASETS[dataset]
     channels, height, width = facts["shape"]
-    if name == "lenet+":
+    if ".py:" in name:
+        net = imported_net(name)
+    elif name == "lenet+":
         net = lenet_plus(channels, height, width, facts["classes"])
+    elif name == "cnn-small":
+        net = cnn_small(channels, height, width, facts["classes"])
     elif match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, widen = map(int, match.groups())
         blocks = {32: 5}.get(depth, (depth - 4) / 6)  # WRN-32 fits no such depth; the field builds it with five blocks
@@ -370,6 +378,29 @@ def lenet_plus(channels, height, width, classes):
         nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 1024), nn.ReLU(), nn.Linear(1024, classes))
+
+
+def cnn_small(channels, height, width, classes):
+    """The MNIST network of fast adversarial training (Wong et al. 2020): two convolutions of stride 2, two layers."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), 100), nn.ReLU(), nn.Linear(100, classes))
+
+
+def imported_net(name):
+    """The network that a user's function returns, "path/to/file.py:function"; UsageError where it does not."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        net = getattr(module, function)()
+    except Exception as error:
+        raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
+    if not isinstance(net, nn.Module):
+        raise UsageError(f"--model {name}: {function}() must return a torch.nn.Module, not {type(net).__name__}")
+    return net
 
 
 def eat_source(letter, channels, height, width, classes):
@@ -493,14 +524,14 @@ def per_sample(value, x):
 
 
 def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=None, momentum=None, targeted=False,
-                restarts=1, stop_broken=False, mode="eval"):
+                restarts=1, labels=None, mode="eval"):
     """The gradient loop of every L-infinity attack: x' <- clip(x' + step * sign(g)) into the eps-ball and [0, 1].
 
     x: images in [0, 1], (N, C, H, W), else ValueError. target: what `loss` compares logits with, a row per sample:
     labels, or reference logits for kl. eps, step: numbers or (N,) tensors. start: function (x, eps) -> first iterate, x
     itself by default. momentum: mu of MI-FGSM (SAT-Rx eq. 10), None for plain steps. targeted: descend the loss.
-    stop_broken (evaluation; target = labels): the first iterate that is misclassified is a sample's result, and neither
-    further steps nor further restarts attack it. mode: the model's while attacked, "eval" or "train", restored after.
+    labels (evaluation): the first iterate that is not classified as its label is a sample's result, and neither further
+    steps nor further restarts attack it. mode: the model's while attacked, "eval" or "train", restored after.
     Returns the perturbed images, detached.
     """
     if not ((x >= 0) & (x <= 1)).all():
@@ -515,7 +546,7 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
             velocity = torch.zeros_like(x_adv)
             for _ in range(steps):
                 grad, logits = input_gradient(model, x_adv, y, loss)
-                if stop_broken and not (going := logits.argmax(1) == y).all():
+                if labels is not None and not (going := logits.argmax(1) == labels[rows]).all():
                     result[rows[~going]] = x_adv[~going]
                     rows, x_adv, y, alpha, low, high, velocity, grad = (
                         t[going] for t in (rows, x_adv, y, alpha, low, high, velocity, grad))
@@ -526,9 +557,9 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
                     velocity = grad = momentum * velocity + grad
                 x_adv = (x_adv + alpha * grad.sign()).clamp(low, high)
             result[rows] = x_adv = x_adv.clamp(low, high)
-            if stop_broken and restarts > 1:
+            if labels is not None and restarts > 1:
                 with torch.no_grad():
-                    rows = rows[model(x_adv).argmax(1) == y]
+                    rows = rows[model(x_adv).argmax(1) == labels[rows]]
                 if not len(rows):
                     break
     return result
@@ -635,22 +666,28 @@ def load_init(model, path):
 
 def load_weights(model, state_dict, path):
     """Strictly load a backbone's state_dict, also one saved through DDP or torch.compile; UsageError if it differs."""
-    state_dict = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state_dict.items()}
+    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state_dict.items()}
     try:
         model.net.load_state_dict(state_dict)
     except (RuntimeError, AttributeError) as error:
         raise UsageError(f"{path}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})")
 
 
-def load_model(path, weights="best", device="cpu", dataset=None):
+def load_model(path, weights="best", device="cpu", dataset=None, architecture=None):
     """(Classifier in eval mode with the `best` or `last` weights, checkpoint dictionary) of a run's file; UsageError
-    where it was trained on another data set than `dataset`."""
+    where it was trained on another data set than `dataset`.
+
+    architecture: the command line's --model, needed where the network is built by the user's own file: a checkpoint
+    that names code is not followed.
+    """
     checkpoint = load_checkpoint(path)
     if dataset not in (None, checkpoint["dataset"]):
         raise UsageError(f"{path}: was trained on {checkpoint['dataset']}, not on {dataset}")
     if not checkpoint.get(weights):
         raise UsageError(f"{path}: holds no {weights} weights")
-    model = build_model(checkpoint["model"], checkpoint["dataset"], checkpoint["normalize"], device)
+    if ".py:" in checkpoint["model"] and not architecture:
+        raise UsageError(f"{path}: {checkpoint['model']} builds its network and is not run unasked: give --model")
+    model = build_model(architecture or checkpoint["model"], checkpoint["dataset"], checkpoint["normalize"], device)
     load_weights(model, checkpoint[weights]["state_dict"], path)
     return model.eval(), checkpoint
 

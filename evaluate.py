@@ -1,21 +1,26 @@
 """How robust is a checkpoint? Attacks by name on the test set, a table, and a record of every outcome.
 
     python evaluate.py --ckpt run.pt                                    # a quick look: 1,000 random test images
-    python evaluate.py --ckpt run.pt --limit 0 --attacks clean,fgsm,pgd-100x5,pgd-cw-100,mi-fgsm-100
+    python evaluate.py --ckpt run.pt --limit 0 --attacks clean,fgsm,pgd-100x5,un-100x10,aa
+    python evaluate.py --ckpt run.pt --protocol common --sanity --plots figures
     python evaluate.py --ckpt run.pt --protocol sat_rx --surrogate c.pt --surrogate d.pt     # a paper's own columns
+    python evaluate.py --ckpt state_dict.pt --dataset cifar10 --model my_nets.py:resnet      # somebody else's network
 
-NAME-STEPSxRESTARTS names an attack. White-box iterative attacks count a sample as broken at the first step that
+NAME-STEPSxRESTARTS:EPS names an attack. White-box iterative attacks count a sample as broken at the first step that
 misclassifies it and attack it no further: never weaker than judging the last step alone. Evaluation is in float32, TF32
-off, unless told otherwise. Outcomes go to run.eval.json, per-sample flags to run.eval.npz, both under the sha256 of the
-weights they belong to, so that nothing of an earlier network on the same path remains.
+off, unless told otherwise. Outcomes go to run.eval.json, per-sample facts to run.eval.npz, both under the sha256 of the
+weights they belong to: nothing of an earlier network on the same path remains, and what was measured is not run again.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import logging
 import re
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +28,30 @@ import torch
 import common
 
 QUICK_LOOK = dict(attacks="clean,fgsm,ifgsm-40,pgd-40,pgd-cw-40", transfer="fgsm,mi-fgsm-40", start="ball", limit=1000)
-SAT_RX = dict(start="step", limit=0)  # section 5.1: the whole test set; eq. 6: PGD starts within a step of x
+PLAN = dict(transfer="", start="ball", step=None, limit=0, few={})  # few: attack -> (images on a GPU, images on a CPU)
+SAT_RX = dict(PLAN, start="step")  # section 5.1: the whole test set; eq. 6: PGD starts within a step of x
+ATLAS = dict(PLAN, transfer="pgd-1000", step=0.007, few={"rays-40000": (1000, 200), "aa": (0, 500)})
+MNIST_FEW = {"pgd-1000": (0, 1000), "un-50x20": (0, 1000), "multi-50x20": (0, 500)}
+IAAT = dict(PLAN, attacks="clean,pgd-10x5,pgd-100x5,pgd-1000x2", transfer="pgd-1000x2")
+SALIENCY = dict(PLAN, attacks="clean,fgsm,pgd-5,pgd-10,pgd-20", few={"aa": (0, 500)})
+DRA = dict(PLAN, step="eps/steps")
+COMMON = dict(PLAN, attacks="clean,pgd-20,pgd-cw-20,pgd-100,pgd-100x5,aa,multi-20x5,rays-40000", few={
+    "pgd-100x5": (1000, 500), "aa": (1000, 500), "multi-20x5": (1000, 200), "rays-40000": (1000, 200)})
 PROTOCOLS = {  # the columns of the papers' main tables; their rows are in results/papers.json
+    "common": dict.fromkeys(common.DATASETS, COMMON),
     "sat_rx": {
         "mnist": dict(SAT_RX, attacks="clean,fgsm,ifgsm-100,pgd-100,pgd-cw-100", transfer="fgsm,mi-fgsm-100"),
         "cifar10": dict(SAT_RX, attacks="clean,fgsm,ifgsm-20,pgd-20,pgd-cw-20", transfer="fgsm,mi-fgsm-20"),
     },
+    "atlas": {
+        "mnist": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-50x20,multi-50x20", step=0.01, few=MNIST_FEW),
+        "cifar10": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,multi-20x5,rays-40000,aa"),
+        "cifar100": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,rays-40000,aa"),
+    },
+    "iaat": {"cifar10": dict(IAAT, attacks=IAAT["attacks"] + ",corruptions"), "cifar100": IAAT},
+    "saliency": {"cifar10": dict(SALIENCY, attacks=SALIENCY["attacks"] + ",cw-20,aa"), "cifar100": SALIENCY},
+    "dra": {"mnist": dict(DRA, attacks="clean,pgd-20:0.1,pgd-20:0.3"),
+            "cifar10": dict(DRA, attacks="clean,pgd-20:2/255,pgd-20:5/255,pgd-20:8/255")},
 }
 
 
@@ -36,41 +59,53 @@ def parse(argv=None):
     """The flags; argv as in argparse."""
     parser = common.Parser(__doc__)
     flag = parser.add_argument
-    flag("--ckpt", required=True, help="the checkpoint that training wrote")
+    flag("--ckpt", required=True, help="the checkpoint that training wrote, or a bare state_dict")
     flag("--weights", choices=["best", "last"], default="best", help="which weights of it (%(default)s)")
+    flag("--model", help=f"of a bare state_dict: {common.BACKBONES}; also where training had a file of yours")
+    flag("--dataset", choices=list(common.DATASETS), help="of a bare state_dict: its data set")
+    flag("--normalize", choices=["none", "dataset", "image"], default="none", help="of a bare state_dict: the layer "
+         "put before the network, which gets images in [0, 1] otherwise (%(default)s)")
     flag("--attacks", help=f"comma-separated: {ATTACK_NAMES} ({QUICK_LOOK['attacks']})")
-    flag("--protocol", choices=list(PROTOCOLS), help="the columns of this paper's main table, its rows beside them")
+    flag("--protocol", choices=list(PROTOCOLS), help="the columns of this paper's main tables, its rows beside them, "
+         "or the common protocol")
     flag("--surrogate", metavar="CKPT", action="append", default=[], help="also attack by transfer from this network; "
          "may be repeated")
     flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's)")
-    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training)")
+    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training; with "
+         "--protocol the data set's usual one)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
-         "eps, and at least 1.25 eps / steps)")
+         "eps, and at least 1.25 eps / steps; with --protocol the paper's)")
     flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x "
          f"({QUICK_LOOK['start']}; with --protocol the paper's)")
     flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all "
-         f"({QUICK_LOOK['limit']}; with --protocol the paper's)")
+         f"({QUICK_LOOK['limit']}; with --protocol all, fewer under its slowest attacks)")
+    flag("--sanity", action="store_true", help="test whether the robustness is an artefact of masked gradients")
+    flag("--alignment", action="store_true", help="alignment and linearised robustness of the saliency paper, eqs. 4-7")
+    flag("--per-class", action="store_true", help="accuracy per class under every attack")
+    flag("--plots", metavar="DIR", help="write curves, loss surfaces, images and gradients as PNG files")
+    flag("--save-adv", metavar="FILE.npz", help="write every attack's images, float32 (runs all attacks anew)")
     flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
     flag("--batch-size", type=common.count, default=250, help="images attacked at once (%(default)s)")
-    flag("--seed", type=common.natural, default=0, help="seed of the random starts (%(default)s)")
+    flag("--seed", type=common.natural, default=0, help="seed of the attacks (%(default)s)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     flag("--precision", choices=["float32", "bfloat16"], default="float32", help="of evaluation (%(default)s)")
     flag("--results", metavar="FILE.json", help="also write the outcomes with training command, commit, hardware, "
          "minutes and history")
     flag("--export", metavar="FILE.pt", help="write the weights as a float16 checkpoint and stop")
-    flag("--overwrite", action="store_true", help="replace the files of --results and --export")
+    flag("--overwrite", action="store_true", help="replace the files of --results, --export and --save-adv, and "
+         "measure anew what is on record")
     common.wandb_flag(parser)
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
     stem = Path(args.ckpt).parent / Path(args.ckpt).stem
     own = [Path(f"{stem}{end}").resolve() for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
-    for path in (args.results, args.export):  # before an hour of attacks, not after it
-        if path and Path(path).resolve() in own:
+    for path in filter(None, (args.results, args.export, args.save_adv)):  # before an hour of attacks, not after it
+        if Path(path).resolve() in own:
             raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt}: choose another name")
-        if path and not Path(path).parent.is_dir():
+        if not Path(path).parent.is_dir():
             raise common.UsageError(f"{path}: there is no such folder")
-        if path and Path(path).exists() and not args.overwrite:
+        if Path(path).exists() and not args.overwrite:
             raise common.UsageError(f"{path} exists: --overwrite replaces it")
     return args
 
@@ -86,88 +121,292 @@ class Attack(NamedTuple):
     steps: int | None
     restarts: int
     start: str | None
+    seed: int
 
 
-def run_pgd(model, x, y, a, stop, loss):
+def run_pgd(model, x, y, a, labels, loss=common.cross_entropy):
     """PGD with `loss` from the ball, or from within a step of x (SAT-Rx eq. 6)."""
     def near(x, eps):
         return common.uniform_start(x, a.step)
     start = common.uniform_start if a.start == "ball" else near
-    return common.pgd(model, x, y, a.eps, a.step, a.steps, start, loss=loss, restarts=a.restarts, stop_broken=stop)
+    return common.pgd(model, x, y, a.eps, a.step, a.steps, start, loss=loss, restarts=a.restarts, labels=labels)
 
 
-ATTACKS = {  # kind -> function (model, x, y, attack, stop_broken) -> perturbed images
-    "clean": lambda model, x, y, a, stop: x,
-    "fgsm": lambda model, x, y, a, stop: common.fgsm(model, x, y, a.eps),
-    "ifgsm": lambda model, x, y, a, stop: common.ifgsm(model, x, y, a.eps, a.steps, stop_broken=stop),
-    "mi-fgsm": lambda model, x, y, a, stop: common.mi_fgsm(model, x, y, a.eps, a.steps, stop_broken=stop),
-    "pgd": lambda model, x, y, a, stop: run_pgd(model, x, y, a, stop, common.cross_entropy),
-    "pgd-cw": lambda model, x, y, a, stop: run_pgd(model, x, y, a, stop, common.margin),
+def margin_attack(model, x, y, a, labels):
+    """Un-targeted attack on the logits' margin (ATLAS appendix B; C&W's loss): the wrong class may change each step."""
+    return run_pgd(model, x, y, a, labels, loss=common.margin)
+
+
+def random_targeted(model, x, y, a, labels):
+    """PGD towards a random wrong class (IAAT, section 4.3), judged as every attack by the true one."""
+    classes = logits_of(model, x[:1]).shape[1]
+    target = (y + torch.randint(1, classes, y.shape).to(y)) % classes
+    return common.pgd(model, x, target, a.eps, a.step, a.steps, restarts=a.restarts, targeted=True, labels=labels)
+
+
+def multi_targeted(model, x, y, a, labels):
+    """PGD on f_i - f_y for every wrong class i in turn (Gowal et al. 2019; ATLAS appendix B)."""
+    classes, result = logits_of(model, x[:1]).shape[1], x.clone()
+    left = torch.arange(len(x), device=x.device)
+    for shift in range(1, classes):
+        def toward(logits, y):
+            wrong = (y + shift) % classes
+            return (logits.gather(1, wrong[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+        result[left] = run_pgd(model, x[left], y[left], a, y[left], loss=toward)
+        left = left[logits_of(model, result[left]).argmax(1) == y[left]]
+        if not len(left):
+            break
+    return result
+
+
+def rays(model, x, y, a, labels):
+    """RayS, from predicted labels alone (Chen and Gu 2020): a.steps queries per image in search of the sign vector with
+    the shortest way to a wrong label. Blocks of signs are flipped, halves of the image first, then quarters, down to
+    pixels and over again; a flip that is still wrong at the present radius is kept and the radius halved in on."""
+    flat, (n, pixels) = x.flatten(1), x.flatten(1).shape
+    sign, radius = torch.ones_like(flat), torch.ones(n, device=x.device)  # at radius 1 every pixel is at 0 or at 1
+    queries, level, block = torch.zeros(n, device=x.device), 0, -1  # block -1: all signs up
+
+    def broken(rows, signs, reach):
+        queries[rows] += 1
+        images = (flat[rows] + reach[:, None] * signs).clamp(0, 1).view(-1, *x.shape[1:])
+        return logits_of(model, images).argmax(1) != y[rows]
+    while len(rows := ((queries < a.steps) & (radius > a.eps)).nonzero()[:, 0]):
+        size = -(-pixels // 2 ** level)
+        trial = sign[rows]
+        if block >= 0:
+            trial[:, block * size:(block + 1) * size] *= -1
+        better = broken(rows, trial, radius[rows])
+        rows, trial = rows[better], trial[better]
+        sign[rows] = trial
+        low, high = torch.zeros_like(radius[rows]), radius[rows]
+        while len(rows) and (high - low).max() > 1e-3:
+            middle = (low + high) / 2
+            wrong = broken(rows, trial, middle)
+            low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
+        radius[rows] = high
+        block += 1
+        if block * size >= pixels:
+            level, block = level + 1 if size > 1 else level, 0
+    return (flat + radius.clamp(max=a.eps)[:, None] * sign).clamp(0, 1).view_as(x)
+
+
+def autoattack(model, x, y, a, labels):
+    """AutoAttack, standard version (Croce and Hein 2020), by the published package; with few classes it takes as many
+    targets as there are, and below four it leaves out APGD-T, whose loss compares four logits."""
+    with missing("pyautoattack"):
+        from pyautoattack import AutoAttack
+    classes = logits_of(model, x[:1]).shape[1]
+    adversary = AutoAttack(model, eps=a.eps, seed=a.seed, device=x.device)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
+    if classes < 4:
+        adversary.attacks_to_run = ["apgd-ce", "fab-t", "square"]
+    return adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
+
+
+def minimal_l2(model, x, y, a, labels):
+    """DeepFool or C&W in L2 by foolbox: the smallest perturbation found, x itself where none is."""
+    with missing("foolbox"):
+        from foolbox import PyTorchModel, attacks
+    attack = attacks.L2DeepFoolAttack(steps=a.steps) if a.kind == "deepfool" else \
+        attacks.L2CarliniWagnerAttack(steps=a.steps)
+    x_adv = attack(PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=None)[0]
+    model.zero_grad()  # foolbox leaves gradients behind
+    wrong = logits_of(model, x_adv).argmax(1) != y
+    return torch.where(wrong[:, None, None, None], x_adv, x)
+
+
+class Kind(NamedTuple):
+    """A row of the table of attacks."""
+    run: Callable  # (model, x, y, attack, labels) -> perturbed images; labels: y, or None to take every step
+    steps: int | None = 0  # 0: the name carries a number; None: it has none; else the number it may leave out
+    restarts: bool = False
+    step: bool = False  # has a step size of its own, PGD's
+    norm: str = "linf"
+
+
+ATTACKS = {
+    "clean": Kind(lambda model, x, y, a, labels: x, steps=None, norm="none"),
+    "noise": Kind(lambda model, x, y, a, labels: common.pgd(model, x, y, a.eps, 0.0, 1, restarts=a.restarts,
+                                                            labels=labels), steps=None, restarts=True),
+    "fgsm": Kind(lambda model, x, y, a, labels: common.fgsm(model, x, y, a.eps), steps=None),
+    "ifgsm": Kind(lambda model, x, y, a, labels: common.ifgsm(model, x, y, a.eps, a.steps, labels=labels)),
+    "mi-fgsm": Kind(lambda model, x, y, a, labels: common.mi_fgsm(model, x, y, a.eps, a.steps, labels=labels)),
+    "pgd": Kind(run_pgd, restarts=True, step=True),
+    "pgd-cw": Kind(margin_attack, restarts=True, step=True),
+    "cw": Kind(margin_attack, restarts=True, step=True),
+    "un": Kind(margin_attack, restarts=True, step=True),
+    "multi": Kind(multi_targeted, restarts=True, step=True),
+    "targeted": Kind(random_targeted, restarts=True, step=True),
+    "rays": Kind(rays),
+    "aa": Kind(autoattack, steps=None),
+    "deepfool": Kind(minimal_l2, steps=50, norm="l2"),
+    "cw-l2": Kind(minimal_l2, steps=1000, norm="l2"),
+    "corruptions": Kind(None, steps=None, norm="none"),
 }
-ATTACK_NAMES = "clean, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS; xRESTARTS may follow pgd and pgd-cw"
+ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS (also un-, cw-), multi-STEPS, "
+                "targeted-STEPS, rays-QUERIES, aa, deepfool, cw-l2, corruptions; xRESTARTS may follow those that start "
+                "at random, :EPS any with a radius")
 
 
-def parse_attacks(text, dataset, eps, step=None, start="ball"):
+def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0):
     """The attacks of a comma-separated list, each once; UsageError for a name that is none.
 
     IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,
-    2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start.
+    2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start;
+    step: a number, or "eps/steps". start: "ball" or "step", of PGD with cross-entropy and of pgd-cw alone.
     """
     attacks, facts = [], common.DATASETS[dataset]
-    for name in dict.fromkeys(word.strip() for word in text.split(",")):
-        match = re.fullmatch(r"([a-z-]+?)(?:-([1-9]\d*))?(?:x([1-9]\d*))?", name)
-        kind, steps, restarts = match.groups() if match else (None, None, None)
-        iterative, random = kind not in ("clean", "fgsm"), kind in ("pgd", "pgd-cw")
-        if kind not in ATTACKS or bool(steps) != iterative or (restarts and not random):
+    for name in dict.fromkeys(word.strip() for word in text.split(",") if text):
+        matches = (re.fullmatch(rf"({kind})(?:-([1-9]\d*))?(?:x([1-9]\d*))?(?::(.+))?", name) for kind in ATTACKS)
+        kind, steps, restarts, radius = next(filter(None, matches), re.match("()()()()", "")).groups()
+        spec = ATTACKS.get(kind)
+        if not spec or bool(steps) > (spec.steps is not None) or (spec.steps == 0 and not steps) or \
+                (restarts and not spec.restarts) or (radius and spec.norm != "linf"):
             raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}")
-        steps = int(steps) if steps else None
-        pgd_step = step or max(facts["step"] * eps / facts["eps"], 1.25 * eps / (steps or 1))
-        attacks.append(Attack(name, kind, None if kind == "clean" else eps,
-                              pgd_step if random else eps / steps if iterative else None, steps, int(restarts or 1),
-                              start if random else None))
+        if kind == "multi" and facts["classes"] > 20:
+            raise common.UsageError(f"{name}: one attack for each of {facts['classes'] - 1} wrong classes is out of "
+                                    "reach, un-STEPSxRESTARTS follows the strongest of them")
+        if kind == "corruptions" and dataset not in CORRUPTED:
+            raise common.UsageError(f"corruptions: there is no corrupted copy of {dataset}")
+        steps = int(steps) if steps else spec.steps
+        try:
+            own = common.unit(radius) if radius else eps if spec.norm == "linf" else None
+        except Exception as error:
+            raise common.UsageError(f"{name}: {error}")
+        if spec.step:
+            size = own / steps if step == "eps/steps" else \
+                min(step, own) if step else max(facts["step"] * own / facts["eps"], 1.25 * own / steps)
+        else:
+            size = own / steps if kind in ("ifgsm", "mi-fgsm") else None
+        attacks.append(Attack(name, kind, own, size, steps, int(restarts or 1), (
+            start if kind in ("pgd", "pgd-cw") else "ball") if spec.restarts else None, seed))
     return attacks
 
 
+@contextlib.contextmanager
+def missing(package):
+    """Name the package that an import needs, in one line."""
+    try:
+        yield
+    except ImportError:
+        raise common.UsageError(f"this needs {package}: pip install {package}")
+
+
+@torch.no_grad()
+def logits_of(model, x):
+    return model(x)
+
+
 def load_test(name, data_dir, limit, device):
-    """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest)."""
+    """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest); a
+    smaller limit is a subset of a larger one."""
     whole = common.load_split(name, data_dir, "test", device)
-    return whole.take(common.subset(len(whole.labels), limit))
+    return whole.take(common.subset(len(whole.labels), limit or None))
 
 
-def evaluate(model, test, attack, batch_size, seed, precision="float32", images=None):
-    """Attack every image of a Split; (which stay correct: bool (N,), largest perturbation measured, in [0, 1] units).
+def evaluate(model, test, attack, batch_size, precision="float32", images=None, stop=True, facts=None, save=None,
+             keep=None):
+    """Attack every image of a Split; float32 (N, 4): correct (0, 1), linf and l2 of the perturbation in [0, 1] units,
+    cross-entropy. A row of NaN is not attacked yet.
 
-    images: perturbed images made elsewhere (transfer), (N, C, H, W), instead of attacking. Random starts depend on
-    seed, attack and batch alone. Predictions are read from the finished images, after a check that they lie in [0, 1].
+    images: perturbed images made elsewhere (transfer), (restarts, N, C, H, W), instead of attacking. stop: broken
+    samples are not attacked further. facts: what an interrupted run left, to go on with; save(facts) is called every
+    half minute. keep: array (N, C, H, W) for the finished images. Random starts depend on seed, attack and batch alone.
+    Predictions are read from the finished images, after a check that they lie in [0, 1] and in the ball.
     """
-    flags, largest = torch.empty(len(test.labels), dtype=torch.bool), 0.0
+    facts = np.full((len(test.labels), 4), np.nan, np.float32) if facts is None else facts
+    saved = time.monotonic()
     with common.model_mode(model, "eval"), common.autocast(test.images.device, precision):
         for batch, (x, y, rows) in enumerate(common.eval_batches(test, batch_size, attack.name)):
-            common.seed_stream(seed, attack.name, step=batch)
-            x_adv = ATTACKS[attack.kind](model, x, y, attack, True) if images is None else images[rows.cpu()].to(x)
-            if not (x_adv.amin() >= 0 and x_adv.amax() <= 1):
-                raise AssertionError(f"{attack.name} left [0, 1]")
-            largest = max(largest, (x_adv - x).abs().amax().item())
-            if largest > (attack.eps or 0) + 1e-6:
-                raise AssertionError(f"{attack.name} left its ball: {largest} is above {attack.eps}")
-            with torch.no_grad():
-                flags[rows.cpu()] = (model(x_adv).argmax(1) == y).cpu()
-    return flags.numpy(), largest
+            rows = rows.cpu()
+            if not np.isnan(facts[rows]).any():
+                continue
+            common.seed_stream(attack.seed, attack.name, step=batch)
+            if images is None:
+                x_adv = ATTACKS[attack.kind].run(model, x, y, attack, y if stop else None)
+            else:
+                x_adv = images[0, rows].to(x)
+                for other in images[1:]:  # what a restart broke stays broken
+                    held = logits_of(model, x_adv).argmax(1) == y
+                    x_adv[held] = other[rows].to(x)[held]
+            facts[rows] = judge(model, x, y, x_adv, attack).cpu()
+            if keep is not None:
+                keep[rows] = x_adv.cpu()
+            if save and time.monotonic() - saved > 30:
+                save(facts)
+                saved = time.monotonic()
+    return facts
 
 
-def transfer_images(path, sha, surrogate, test, attack, batch_size, seed):
-    """A surrogate's adversarial images for a Split, (N, C, H, W) float32 on the CPU, judged by no one: all steps are
-    taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint."""
+def judge(model, x, y, x_adv, attack):
+    """The rows of `evaluate` for a batch; AssertionError where an attack left [0, 1] or its ball."""
+    delta = (x_adv - x).flatten(1)
+    linf, l2 = delta.abs().amax(1), delta.norm(dim=1)
+    if not (x_adv.amin() >= 0 and x_adv.amax() <= 1):
+        raise AssertionError(f"{attack.name} left [0, 1]")
+    if ATTACKS[attack.kind].norm != "l2" and not linf.max() <= (attack.eps or 0) + 1e-6:
+        raise AssertionError(f"{attack.name} left its ball: {linf.max()} is above {attack.eps}")
+    logits = logits_of(model, x_adv)
+    return torch.stack([(logits.argmax(1) == y).float(), linf, l2, common.cross_entropy(logits, y)], 1)
+
+
+def transfer_images(path, sha, surrogate, test, attack, batch_size):
+    """A surrogate's adversarial images for a Split, (restarts, N, C, H, W) float32 on the CPU, judged by no one: all
+    steps are taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint."""
     pixels = hashlib.sha256(test.images.cpu().numpy().tobytes() + test.labels.cpu().numpy().tobytes()).hexdigest()
-    key = fingerprint(dict(attack._asdict(), sha=sha, images=pixels, batch_size=batch_size, seed=seed))
-    kept = Path(path).with_suffix(f".{attack.name}-{key}.npy")
+    key = fingerprint(dict(attack._asdict(), sha=sha, images=pixels, batch_size=batch_size))
+    kept = Path(path).with_suffix(f".{attack.name.replace('/', '_')}-{key}.npy")
     if not kept.exists():
-        parts = []
-        for batch, (x, y, _) in enumerate(common.eval_batches(test, batch_size, f"{attack.name} on {path}")):
-            common.seed_stream(seed, attack.name, step=batch)
-            parts.append(ATTACKS[attack.kind](surrogate, x, y, attack, False).cpu())
-        common.write_beside(kept, lambda file: np.save(file, torch.cat(parts).numpy()))
+        images = []
+        for restart in range(attack.restarts):
+            for batch, (x, y, _) in enumerate(common.eval_batches(test, batch_size, f"{attack.name} on {path}")):
+                common.seed_stream(attack.seed, attack.name, restart, batch)
+                once = attack._replace(restarts=1)
+                images.append(ATTACKS[attack.kind].run(surrogate, x, y, once, None).cpu())
+        images = torch.cat(images).view(attack.restarts, *test.images.shape)
+        common.write_beside(kept, lambda file: np.save(file, images.numpy()))
     return torch.from_numpy(np.load(kept))
+
+
+CORRUPTED = {"cifar10": ("CIFAR-10-C", "https://zenodo.org/records/2535967"),
+             "cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552")}
+
+
+def corruptions(model, dataset, data_dir, test, batch_size):
+    """{type: accuracy over its five severities} of Hendrycks and Dietterich's corrupted images (2019), at the test
+    images of a Split; UsageError with their address where the arrays are not at hand."""
+    name, address = CORRUPTED[dataset]
+    folder, table = Path(data_dir) / name, {}
+    paths = sorted(path for path in folder.glob("*.npy") if path.stem != "labels")
+    if not paths:
+        raise common.UsageError(f"{folder} holds no TYPE.npy: unpack the archive from {address} there")
+    for path in paths:
+        arrays = np.load(path, mmap_mode="r")  # (severities * images, H, W, C)
+        whole, rows, right = len(arrays) // 5, test.index.cpu().numpy(), []
+        for severity in range(5):
+            images = torch.from_numpy(arrays[severity * whole + rows].transpose(0, 3, 1, 2).copy()).to(test.images)
+            right.append(common.correct(model, test._replace(images=images), batch_size).float().mean().item())
+        table[path.stem] = float(np.mean(right))
+    return table
+
+
+# -------------------------------------------------------------------------------------------------------- measures
+
+RADII, STEPS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3), (1, 2, 5, 10, 20, 50, 100, 200)
+
+
+def curves(model, test, dataset, eps, batch_size, seed):
+    """Accuracy and mean loss of FGSM and PGD-40 as eps grows (SAT-Rx figs. 5, 8, 9), accuracy of PGD as its steps do
+    (fig. 7), without stopping at the first success; accuracy under random noise."""
+    def run(name, radius):
+        attack, = parse_attacks(name, dataset, radius, seed=seed)
+        facts = evaluate(model, test, attack, batch_size, stop=attack.kind == "noise")
+        return facts[:, [0, 3]].mean(0).tolist()
+    radii = sorted({min(1.0, factor * eps) for factor in RADII} | {1.0})
+    table = {name: [run("clean", eps), *(run(name, radius) for radius in radii)] for name in ("fgsm", "pgd-40")}
+    return dict(table, radii=[0, *radii], at_eps=1 + radii.index(min(1.0, eps)), noise=run("noisex100", eps)[0],
+                steps=[run(f"pgd-{steps}", eps)[0] for steps in STEPS], n=len(test.labels))
 
 
 def dead_gradients(model, test, batch_size):
@@ -178,6 +417,154 @@ def dead_gradients(model, test, batch_size):
             size = common.input_gradient(model, x, y)[0].abs().sum((1, 2, 3))
             dead += ((size == 0) | ~size.isfinite()).sum().item()
     return dead / len(test.labels)
+
+
+def sanity(curve, dead, classes, outcomes):
+    """[(passed, finding)]: the tests of Carlini et al. (2019) and of SAT-Rx, sections 4.2 and 5.4 to 5.5."""
+    fgsm, pgd = ([accuracy for accuracy, _ in curve[name]] for name in ("fgsm", "pgd-40"))
+    here, percent = curve["at_eps"], lambda values: ", ".join(f"{100 * value:.1f}" for value in values)
+    gap, rises = fgsm[here] - pgd[here], [max(np.diff(series), default=0) for series in (fgsm, pgd)]
+    falls = [min(np.diff([loss for _, loss in curve[name]])) for name in ("fgsm", "pgd-40")]
+    tests = [
+        (gap > -0.02, f"iterative beats single-step: FGSM {percent([fgsm[here]])}, PGD-40 {percent([pgd[here]])} %"),
+        (gap < 0.3, f"FGSM finds most of what PGD finds: {100 * gap:.1f} points between them"),
+        (max(rises) < 0.02, f"accuracy never rises with eps: FGSM {percent(fgsm)}, PGD-40 {percent(pgd)} %"),
+        (min(falls) > -0.1, f"nor does the loss fall: by at most {-min(0, *falls):.2f} for FGSM or PGD-40"),
+        (pgd[-1] <= 1 / classes, f"at eps 1 no more than chance is left: {percent(pgd[-1:])} % under PGD-40"),
+        (curve["steps"][-2] - curve["steps"][-1] < 0.02, f"more steps saturate: PGD-{', '.join(map(str, STEPS))}: "
+         f"{percent(curve['steps'])} %"),
+        (dead < 0.01, f"gradients live: {100 * dead:.2f} % of them are zero or not finite"),
+        (curve["noise"] >= pgd[here], f"random noise is weaker: {percent([curve['noise']])} % in 100 tries")]
+    white = {o["kind"]: o for o in outcomes if o["eps"] and "surrogate_sha256" not in o and o["kind"] != "rays"}
+    for outcome in (o for o in outcomes if "surrogate_sha256" in o and o["kind"] in white):
+        one = white[outcome["kind"]]
+        tests.append((one["accuracy"] <= outcome["accuracy"] + 0.02, "white-box beats black-box: "
+                      f"{one['attack']} {percent([one['accuracy']])}, {outcome['attack']} "
+                      f"{percent([outcome['accuracy']])} %"))
+    for outcome in (o for o in outcomes if o["kind"] == "rays" and white):
+        best = min(o["accuracy"] for o in white.values())
+        tests.append((best < outcome["accuracy"] + 0.02, f"gradients beat labels alone: best white-box attack "
+                      f"{percent([best])} %, {outcome['attack']} {percent([outcome['accuracy']])} %"))
+    tests += [(False, f"AutoAttack: {note}") for outcome in outcomes for note in outcome.get("warnings", [])]
+    return tests
+
+
+def alignment(model, test, batch_size):
+    """float32 (N, 3): alignment, binarised alignment and linearised robustness of the saliency paper (eqs. 4, 7, 6),
+    in units of the L2 norm of an image in [0, 1]."""
+    rows = []
+    for x, _, _ in common.eval_batches(test, batch_size, "alignment"):
+        with common.model_mode(model, "eval"):
+            logits = model(x.requires_grad_(True))
+            jacobian = torch.stack([torch.autograd.grad(z.sum(), x, retain_graph=True)[0].flatten(1)
+                                    for z in logits.unbind(1)], 1)  # (N, classes, pixels)
+        x, logits, each = x.detach().flatten(1), logits.detach(), torch.arange(len(x), device=x.device)
+        top = logits.argmax(1)
+        saliency, difference = jacobian[each, top], jacobian[each, top][:, None] - jacobian
+        distance = (logits[each, top][:, None] - logits) / difference.norm(dim=2).clamp(min=1e-12)
+        distance[each, top] = np.inf
+        robustness, second = distance.min(1)
+        nearest = difference[each, second]
+        alpha, binarised = ((x * g).sum(1).abs() / g.norm(dim=1).clamp(min=1e-12) for g in (saliency, nearest))
+        rows.append(torch.stack([alpha, binarised, robustness], 1).cpu())
+    return torch.cat(rows).numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------- plots
+
+def plots(directory, model, test, checkpoint, curve, eps, seed):
+    """Write the figures as PNG files; returns their paths."""
+    with missing("matplotlib"):
+        import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    drawings = dict(curves=draw_curves, surface=draw_surface, images=draw_images, training=draw_training)
+    paths = []
+    for name, draw in drawings.items():
+        figure = draw(plt, model, test, checkpoint, curve, eps, seed)
+        if figure:
+            paths.append(Path(directory) / f"{name}.png")
+            common.write_beside(paths[-1], lambda file: figure.savefig(file, dpi=130, format="png"))
+            plt.close(figure)
+    return paths
+
+
+def draw_curves(plt, model, test, checkpoint, curve, eps, seed):
+    """Accuracy against PGD's steps and against eps, loss against eps (SAT-Rx figs. 5, 7, 8, 9; IAAT fig. 4)."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    left.semilogx(STEPS, [100 * value for value in curve["steps"]], "o-")
+    left.set(xlabel=f"steps of PGD, eps {eps:.3g}", ylabel="accuracy (%)", ylim=(0, 100))
+    for name, style in (("fgsm", "s--"), ("pgd-40", "o-")):
+        accuracy, loss = zip(*curve[name])
+        middle.plot(curve["radii"], [100 * value for value in accuracy], style, label=name.upper())
+        right.plot(curve["radii"], loss, style, label=name.upper())
+    middle.axvline(eps, color="grey", linewidth=0.8)
+    middle.set(xlabel="eps (images in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
+    right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="symlog")
+    middle.legend(), right.legend()
+    figure.suptitle(f"{checkpoint['script']}, {checkpoint['model']} on {checkpoint['dataset']}, {curve['n']} images",
+                    fontsize=10)
+    return figure
+
+
+def draw_surface(plt, model, test, checkpoint, curve, eps, seed):
+    """Loss around three images, along the gradient's sign and a random sign (SAT-Rx figs. 3, 4, 10)."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    common.seed_stream(seed, "surface")
+    x, y, _ = next(common.eval_batches(test, 3))
+    grid = torch.linspace(-2 * eps, 2 * eps, 41, device=x.device)
+    with common.model_mode(model, "eval"):
+        along = common.input_gradient(model, x, y)[0].sign()
+        across = torch.randn_like(x).sign()
+        for ax, image, label, first, second in zip(axes, x, y, along, across):
+            moved = image + grid[:, None, None, None, None] * second + grid[:, None, None, None] * first
+            loss = common.cross_entropy(logits_of(model, moved.flatten(0, 1).clamp(0, 1)), label.expand(len(grid) ** 2))
+            shown = ax.contourf(grid.cpu(), grid.cpu(), loss.view(len(grid), -1).cpu(), 30, cmap="viridis")
+            ax.set(xlabel="along the gradient's sign", ylabel="along a random sign", title=f"class {label}")
+            ax.plot([-eps, eps, eps, -eps, -eps], [-eps, -eps, eps, eps, -eps], "w--", linewidth=0.8)
+            figure.colorbar(shown, ax=ax, label="cross-entropy")
+    return figure
+
+
+def draw_images(plt, model, test, checkpoint, curve, eps, seed):
+    """Clean and PGD-40 images, their difference, the gradient of the loss (saliency figs. 4, 6; DRA fig. 3)."""
+    attack, = parse_attacks("pgd-40", checkpoint["dataset"], eps, seed=seed)
+    x, y, _ = next(common.eval_batches(test, 8))
+    common.seed_stream(seed, "images")
+    with common.model_mode(model, "eval"):
+        x_adv = run_pgd(model, x, y, attack, y)
+        gradient = common.input_gradient(model, x, y)[0]
+        names = [logits_of(model, images).argmax(1).tolist() for images in (x, x_adv)]
+    size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * eps),
+                gradient=0.5 + gradient / (2 * size))
+    figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained", squeeze=False)
+    for line, (row, images) in zip(axes, rows.items()):
+        for column, (ax, image) in enumerate(zip(line, images)):
+            ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            if row in ("clean", "adversarial"):
+                ax.set_title(f"{names[row != 'clean'][column]} (true {y[column]})", fontsize=8)
+        line[0].set_ylabel(row)
+    return figure
+
+
+def draw_training(plt, model, test, checkpoint, curve, eps, seed):
+    """The history's training terms and validation accuracies by epoch; None where there is no history."""
+    history = checkpoint["history"]
+    if not history:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for ax, prefix, label in zip(axes, ("train/", "val/"), ("training terms", "validation accuracy (%)")):
+        for name in (name for name in history[-1] if name.startswith(prefix)):
+            values = [row.get(name, np.nan) for row in history]
+            if prefix == "train/" or max(values) <= 1:
+                scale = 1 if prefix == "train/" else 100
+                ax.plot([row["epoch"] for row in history], [scale * v for v in values], label=name[len(prefix):])
+        ax.set(xlabel="epoch", ylabel=label)
+        ax.legend(fontsize=8)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------- record
@@ -201,7 +588,8 @@ def write_json(path, value):
 
 
 class Record:
-    """run.eval.json and run.eval.npz: outcomes and per-sample flags of a checkpoint's present networks alone."""
+    """run.eval.json and run.eval.npz: outcomes and per-sample facts (see `evaluate`) of a checkpoint's present networks
+    alone. An attack that was interrupted has facts, and seconds, but no outcome."""
 
     def __init__(self, path, shas):
         self.json_path, self.npz_path = Path(path).with_suffix(".eval.json"), Path(path).with_suffix(".eval.npz")
@@ -210,27 +598,39 @@ class Record:
 
     def read(self):
         """What is on disk of these networks; another evaluation of the same checkpoint may have added to it."""
-        self.outcomes, self.flags = [], {}
+        self.outcomes, self.facts = [], {}
         try:
             if self.json_path.exists():
                 self.outcomes = [o for o in json.loads(self.json_path.read_text()) if o["weights_sha256"] in self.shas]
             if self.npz_path.exists():
-                keys = {o["key"] for o in self.outcomes}
                 with np.load(self.npz_path) as arrays:
-                    self.flags = {key: arrays[key] for key in arrays.files if key in keys}
+                    self.facts = {key: arrays[key] for key in arrays.files if key.split("-")[0] in self.marks()}
         except Exception as error:
             raise common.UsageError(f"{self.json_path} or its .npz is damaged ({type(error).__name__}): remove both")
 
-    def add(self, settings, measured, flags):
-        """Replace the outcome of the same settings and save; returns the outcome."""
-        self.read()
-        key = fingerprint(settings)
-        outcome = dict(settings, **measured, key=key)
-        self.outcomes = [o for o in self.outcomes if o["key"] != key] + [outcome]
-        self.flags[key] = flags
-        common.write_beside(self.npz_path, lambda file: np.savez_compressed(file, **self.flags))
-        write_json(self.json_path, self.outcomes)
-        return outcome
+    def marks(self):
+        return [sha[:8] for sha in self.shas]
+
+    def find(self, settings):
+        """(outcome or None, facts or None, seconds spent) of these settings."""
+        key = f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
+        outcome = next((o for o in self.outcomes if o["key"] == key), None)
+        return outcome, self.facts.get(key), float(self.facts.get(f"{key}-seconds", 0))
+
+    def save(self, settings, facts, seconds, measured=None):
+        """Keep an attack's facts so far, or with `measured` its outcome, replacing that of the same settings."""
+        key = f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
+        with open(self.npz_path.with_suffix(".lock"), "w") as lock:
+            if common.fcntl:
+                common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+            self.read()
+            self.facts |= {key: facts, f"{key}-seconds": np.float64(seconds)}
+            common.write_beside(self.npz_path, lambda file: np.savez_compressed(file, **self.facts))
+            if measured:
+                outcome = dict(settings, **measured, key=key)
+                self.outcomes = [o for o in self.outcomes if o["key"] != key] + [outcome]
+                write_json(self.json_path, self.outcomes)
+                return outcome
 
 
 def results(checkpoint, outcomes, device):
@@ -246,14 +646,46 @@ def export(path, checkpoint, weights):
     """A float16 checkpoint of one set of weights, under `best`; evaluate.py reads it like any other."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint[weights]["state_dict"].items()}
     best = dict(checkpoint[weights], metric=checkpoint[weights].get("metric"), state_dict=half)
-    slim = dict(checkpoint, best=best, last=None, method_state=None)
-    common.write_beside(path, lambda file: torch.save(slim, file))
+    common.write_beside(path, lambda file: torch.save(dict(checkpoint, best=best, last=None, method_state=None), file))
+
+
+def open_checkpoint(args, device):
+    """(Classifier, checkpoint dictionary) of a run's file or of somebody else's bare state_dict."""
+    content = common.load_file(args.ckpt)
+    if isinstance(content, dict) and "format" not in content:  # the usual wrappers of a state_dict
+        content = next((content[key] for key in ("state_dict", "model_state_dict") if key in content), content)
+    if not (isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values())):
+        return common.load_model(args.ckpt, args.weights, device, args.dataset, args.model)
+    if not (args.model and args.dataset):
+        raise common.UsageError(f"{args.ckpt} is a bare state_dict: --model and --dataset say what it belongs to")
+    model = common.build_model(args.model, args.dataset, args.normalize, device)
+    common.load_weights(model, content, args.ckpt)
+    usual = dict(eps=common.DATASETS[args.dataset]["eps"])
+    return model.eval(), dict(script="state_dict", model=args.model, dataset=args.dataset, args=usual, provenance=None,
+                              history=[], best=dict(epoch=None, state_dict=model.net.state_dict()), last=None)
 
 
 # ---------------------------------------------------------------------------------------------------------- report
 
 COLUMNS = {"attack": 20, "accuracy": 9, "n": 6, "eps": 8, "step": 8, "steps": 6, "restarts": 9, "start": 6, "seed": 5,
            "largest": 8, "seconds": 8}
+
+
+def plan(args, dataset, eps, device):
+    """What is to be run: [(Attack, surrogate's path or None, number of test images, 0: all)]."""
+    if args.protocol and dataset not in PROTOCOLS[args.protocol]:
+        raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
+    chosen = PLAN | (PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK)
+    chosen |= {name: getattr(args, name) for name in QUICK_LOOK if getattr(args, name) is not None}
+    if args.protocol and common.DATASETS[dataset]["classes"] > 20:
+        chosen["attacks"] = re.sub(r",multi-\d+x\d+", "", chosen["attacks"])
+        print(f"no multi-targeted attack: {dataset} has too many wrong classes")
+    budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed
+    todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
+    todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
+    few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
+    sizes = ([n for n in (chosen["limit"], few.get(attack.name)) if n] for attack, _ in todo)
+    return [(attack, path, min(size, default=0)) for (attack, path), size in zip(todo, sizes)]
 
 
 def print_outcome(outcome, header):
@@ -263,7 +695,10 @@ def print_outcome(outcome, header):
     shown = dict(outcome, accuracy=f"{100 * outcome['accuracy']:.2f}", seconds=f"{outcome['seconds']:.1f}")
     cells = {name: f"{shown[name]:.4f}" if isinstance(shown[name], float) else shown[name] for name in COLUMNS}
     cells = {name: "-" if cell is None else cell for name, cell in cells.items()}
-    print(" ".join(f"{cells[name]:>{width}}" for name, width in COLUMNS.items()), flush=True)
+    more = f"   mean L2 of what fools: {outcome['mean_l2']:.4f}" if outcome.get("mean_l2") else ""
+    print(" ".join(f"{cells[name]:>{width}}" for name, width in COLUMNS.items()) + more, flush=True)
+    for name, accuracy in outcome.get("types", {}).items():
+        print(f"{name:>20} {100 * accuracy:9.2f}")
 
 
 def print_protocol(protocol, dataset, outcomes):
@@ -272,68 +707,146 @@ def print_protocol(protocol, dataset, outcomes):
         table = json.loads((Path(__file__).parent / "results" / "papers.json").read_text())[protocol][dataset]
     except (OSError, KeyError):
         return print(f"the rows of the paper are not at hand (results/papers.json has none for {protocol}, {dataset})")
-    ours = {o["attack"]: 100 * o["accuracy"] for o in outcomes}
-    rows = dict(table["rows"], **{"this network": [ours.get(column) for column in table["columns"]]})
-    eps = max(o["eps"] or 0 for o in outcomes)
-    print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %. This network: "
-          f"eps {eps:.4g}, {outcomes[0]['n']} images; attacks may succeed at any step, the paper's at the last.")
-    print(f"{'':<14}" + "".join(f"{column:>{len(column) + 2}}" for column in table["columns"]))
-    for name, row in rows.items():
-        cells = ("-" if value is None else f"{value:.2f}" for value in row)
-        print(f"{name:<14}" + "".join(f"{cell:>{len(column) + 2}}" for cell, column in zip(cells, table["columns"])))
+    ours = {o["attack"]: o for o in outcomes} | {re.sub("@.*", "@surrogate", o["attack"]): o for o in outcomes}
+    ours = [ours.get(column) for column in table["columns"]]
+    rows = dict(table["rows"], **{"this network": [o and 100 * o["accuracy"] for o in ours], "its n": [
+        o and str(o["n"]) for o in ours]})
+    print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %. This network's "
+          f"eps: {max(o['eps'] or 0 for o in outcomes):.4g}; its white-box attacks may succeed at any step.")
+    name = max(map(len, rows)) + 2
+    print(f"{'':<{name}}" + "".join(f"{column:>{len(column) + 2}}" for column in table["columns"]))
+    for label, row in rows.items():
+        cells = ("-" if value is None else value if isinstance(value, str) else f"{value:.2f}" for value in row)
+        print(f"{label:<{name}}" + "".join(f"{cell:>{len(c) + 2}}" for cell, c in zip(cells, table["columns"])))
+
+
+def print_more(args, model, test, checkpoint, eps, outcomes):
+    """The sanity tests, alignment and plots, where asked for; returns name -> number and the figures' paths."""
+    numbers, paths, curve = dict(dead_gradients=dead_gradients(model, test, args.batch_size)), [], None
+    print(f"images with a zero or non-finite gradient: {100 * numbers['dead_gradients']:.2f} %")
+    if args.sanity or args.plots:
+        curve = curves(model, test, checkpoint["dataset"], eps, args.batch_size, args.seed)
+    if args.sanity:
+        tests = sanity(curve, numbers["dead_gradients"], common.DATASETS[checkpoint["dataset"]]["classes"], outcomes)
+        print(f"\nsanity, {len(test.labels)} images:")
+        for passed, finding in tests:
+            print(f"  {'passed' if passed else 'FAILED'}  {finding}")
+        numbers["sanity_failures"] = failed = sum(not passed for passed, _ in tests)
+        print("verdict: " + (f"masked gradients or a broken attack, {failed} of {len(tests)} tests fail" if failed else
+                             f"no sign of masked gradients in {len(tests)} tests"))
+    if args.alignment:
+        alpha, binarised, robustness = alignment(model, test, args.batch_size).mean(0).tolist()
+        print(f"mean alignment {alpha:.4f} (eq. 4), binarised {binarised:.4f} (eq. 7), linearised robustness "
+              f"{robustness:.4f} (eq. 6) of {len(test.labels)} images")
+        numbers |= dict(alignment=alpha, binarised_alignment=binarised, linearised_robustness=robustness)
+    if args.plots:
+        paths = plots(args.plots, model, test, checkpoint, curve, eps, args.seed)
+        print("figures:", *paths)
+    return numbers, paths
+
+
+class Notes(logging.Handler):
+    """Collects what AutoAttack warns of: randomised outputs, zero gradients, Square finding what gradients missed."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.texts = {}
+        logging.getLogger("auto-attack").addHandler(self)
+
+    def emit(self, record):
+        text = record.getMessage().split(" See ")[0]
+        self.texts.setdefault(re.sub(r"[\d.]+", "#", text), text)
+
+    def take(self):
+        texts, self.texts = list(self.texts.values()), {}
+        return texts
+
+
+def measure(model, checkpoint, attack, test, images, settings, args, record, notes):
+    """One attack, or what is on record of it: (outcome, facts of `evaluate`). It is saved as it goes, and goes on."""
+    anew = args.overwrite or args.save_adv
+    outcome, facts, spent = (None, None, 0) if anew else record.find(settings)
+    if outcome:
+        return outcome, facts
+    started = time.perf_counter() - spent
+    if attack.kind == "corruptions":
+        types = corruptions(model, checkpoint["dataset"], args.data_dir, test, args.batch_size)
+        measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types)
+        facts = np.empty((0, 4))
+    else:
+        keep = np.empty(test.images.shape, np.float32) if args.save_adv else None
+        facts = evaluate(model, test, attack, args.batch_size, args.precision, images and images(), facts=facts,
+                         keep=keep, save=lambda facts: record.save(settings, facts, time.perf_counter() - started))
+        measured = dict(accuracy=float((facts[:, 0] == 1).mean()), largest=float(facts[:, 1].max()))
+        if ATTACKS[attack.kind].norm == "l2":  # of the images it fools; not those that were misclassified before
+            fooled = (facts[:, 0] == 0) & (facts[:, 2] > 0)
+            measured["mean_l2"] = float(facts[fooled, 2].mean()) if fooled.any() else None
+        if args.save_adv:
+            arrays = {"images": keep, "index": test.index.cpu().numpy(), "labels": test.labels.cpu().numpy()}
+            args.kept |= {f"{settings['attack']}/{name}": array for name, array in arrays.items()}
+    measured |= dict(seconds=round(time.perf_counter() - started, 2), warnings=notes.take())
+    return record.save(settings, facts, measured["seconds"], measured), facts
 
 
 def main():
     args = parse()
-    device, precision = common.set_up(args.device, args.precision)
-    model, checkpoint = common.load_model(args.ckpt, args.weights, device)
+    device, args.precision = common.set_up(args.device, args.precision)
+    model, checkpoint = open_checkpoint(args, device)
     if args.export:
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
-    dataset = checkpoint["dataset"]
+    dataset, args.kept = checkpoint["dataset"], {}
     eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else checkpoint["args"]["eps"])
-    if args.protocol and dataset not in PROTOCOLS[args.protocol]:
-        raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
-    plan = PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK
-    plan = plan | {name: getattr(args, name) for name in QUICK_LOOK if getattr(args, name) is not None}
-    budget = dataset, eps, args.step_size, plan["start"]
-    todo = [(attack, None) for attack in parse_attacks(plan["attacks"], *budget)]
-    transfer = parse_attacks(plan["transfer"], *budget)
-    todo += [(attack, path) for path in args.surrogate for attack in transfer]
+    todo = plan(args, dataset, eps, device)
     surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}
     names = [source["model"] for _, source in surrogates.values()]
-    test = load_test(dataset, args.data_dir, plan["limit"] or None, device)
+    tests = {n: load_test(dataset, args.data_dir, n, device) for n in {n for _, _, n in todo}}
+    few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
 
     shas = {w: weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
-    record, outcomes = Record(args.ckpt, shas.values()), []
+    record, notes, outcomes, flags = Record(args.ckpt, shas.values()), Notes(), [], []
     print(f"{args.ckpt}: {checkpoint['script']}, {checkpoint['model']} on {dataset}, {args.weights} weights of epoch "
-          f"{checkpoint[args.weights]['epoch']}; {len(test.labels)} test images, {precision}")
-    for attack, path in todo:
-        settings = dict(attack=attack.name, **attack._asdict(), n=len(test.labels), seed=args.seed, precision=precision,
-                        weights=args.weights, weights_sha256=shas[args.weights])
-        del settings["name"]
-        started, images = time.perf_counter(), None
+          f"{checkpoint[args.weights]['epoch']}; {args.precision}")
+    for attack, path, n in todo:
+        test, images = tests[n], None
+        settings = dict(attack=attack.name) | {k: v for k, v in attack._asdict().items() if k != "name"}
+        settings |= dict(n=len(test.labels), precision=args.precision, batch_size=args.batch_size, weights=args.weights,
+                         weights_sha256=shas[args.weights])
         if path:
             surrogate, source = surrogates[path]
             sha = weights_sha256(source["best"]["state_dict"])
             name = source["model"] if names.count(source["model"]) == 1 else Path(path).stem
             settings |= dict(attack=f"{attack.name}@{name}", surrogate_sha256=sha)
-            images = transfer_images(path, sha, surrogate, test, attack, args.batch_size, args.seed)
-        flags, largest = evaluate(model, test, attack, args.batch_size, args.seed, precision, images)
-        measured = dict(accuracy=float(flags.mean()), largest=largest, seconds=round(time.perf_counter() - started, 2))
-        outcomes.append(record.add(settings, measured, flags))
-        print_outcome(outcomes[-1], header=len(outcomes) == 1)
-    dead = dead_gradients(model, test, args.batch_size)
-    print(f"images with a zero or non-finite gradient: {100 * dead:.2f} %")
+            images = functools.partial(transfer_images, path, sha, surrogate, test, attack, args.batch_size)
+        outcome, facts = measure(model, checkpoint, attack, test, images, settings, args, record, notes)
+        outcomes.append(outcome)
+        print_outcome(outcome, header=len(outcomes) == 1)
+        if len(facts) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm != "l2":
+            flags.append((test.index.cpu().numpy(), facts[:, 0] == 1))
+        if args.per_class and len(facts):
+            each = (100 * facts[(test.labels == c).cpu().numpy(), 0].mean() for c in test.labels.unique())
+            print(f"{'by class':>20} " + " ".join(f"{value:.1f}" for value in each))
+    if len(flags) > 1:
+        shared = min((index for index, _ in flags), key=len)  # a smaller subset lies within a larger one
+        worst = np.all([correct[np.isin(index, shared)] for index, correct in flags], 0)
+        print(f"worst case of these {len(flags)} at eps {eps:.4g}, sample by sample: {100 * worst.mean():.2f} % of "
+              f"{len(shared)} images")
+    numbers, paths = print_more(args, model, load_test(dataset, args.data_dir, few, device), checkpoint, eps, outcomes)
 
+    if args.save_adv:
+        common.write_beside(args.save_adv, lambda file: np.savez(file, **args.kept))
     if args.results:
         kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
         write_json(args.results, results(checkpoint, kept, device))
-    if args.protocol:
+    if args.protocol and args.protocol != "common":
         print_protocol(args.protocol, dataset, outcomes)
-    if wandb := common.wandb_run(vars(args), "evaluate", Path(args.ckpt)):
-        wandb.summary.update({f"eval/{o['attack']}": o["accuracy"] for o in outcomes} | {"eval/dead_gradients": dead})
-        wandb.finish()
+    config = {name: value for name, value in vars(args).items() if name != "kept"}
+    if run := common.wandb_run(config, "evaluate", Path(args.ckpt)):
+        import wandb
+        run.summary.update({f"eval/{o['attack']}": o["accuracy"] for o in outcomes})
+        run.summary.update({f"eval/{name}": value for name, value in numbers.items()})
+        run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ METHODS = {"nt": "normal training", "fgsm-at": "FGSM-AT", "rfgsm-at": "on R-FGSM
 # - R1's IFGSM takes the 40 (MNIST) and 7 (CIFAR-10) steps of table 8; the authors' code takes 10 and 3: --attack-steps.
 # - lr falls by 5 after 1/4, 1/2 and 3/4 of the epochs; the authors' code drops it one epoch later.
 # - FGSM-AT and EAT train on one forward pass of clean and FGSM images, TRADES on one of each.
+# - The best epoch of normal training is chosen by clean accuracy: no epoch of it withstands IFGSM.
 # - PGD-AT and the PGD on held-out images start in the whole ball, not within a step of x as in eq. 6.
 # - WRN is the standard one; the authors' has its stride in the second convolution, biases, Xavier's initialisation.
 # - bfloat16 where the hardware has it, also for the attacks that choose the best epoch; evaluate.py is in float32.
@@ -202,7 +203,7 @@ def main():
                         "val/ifgsm-3": ifgsm3.float().mean().item()}
                 common.seed_stream(args.seed, "probe", epoch)
                 row |= masking_signals(model, *probe[:2], args)
-        run.finish_epoch(model, optimizer, row, metric=row.get("val/ifgsm-3"))
+        run.finish_epoch(model, optimizer, row, row.get("val/clean" if args.method == "nt" else "val/ifgsm-3"))
         if probe and args.method not in ("nt", "pgd-at", "trades"):
             announce_masking(run.history, f"val/pgd-{PAPER[args.dataset]['attack_steps']}")
     run.close()

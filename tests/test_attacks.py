@@ -172,7 +172,7 @@ def test_kl_as_attack_loss_takes_reference_logits():
 
 
 def test_stopping_early_never_helps_the_defender():
-    """stop_broken and restarts: a sample broken by fewer is broken by more, and both really matter here."""
+    """labels and restarts: a sample broken by fewer is broken by more, and both really matter here."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 60), torch.nn.Tanh(), torch.nn.Linear(60, 4))
     for p in model.parameters():
@@ -185,7 +185,7 @@ def test_stopping_early_never_helps_the_defender():
         x_adv = common.pgd(model, x, y, 0.05, 0.1, 6, **options)
         assert (x_adv - x).abs().max() <= 0.05 + 1e-6
         return model(x_adv).argmax(1) != y
-    last, any_step, five = broken(), broken(stop_broken=True), broken(stop_broken=True, restarts=5)
+    last, any_step, five = broken(), broken(labels=y), broken(labels=y, restarts=5)
     assert 0.2 < last.float().mean() < 0.8
     assert not (last & ~any_step).any() and not (any_step & ~five).any()
     assert any_step.sum() > last.sum() + 20 and five.sum() > any_step.sum() + 10
@@ -197,7 +197,7 @@ def test_restarts_end_when_all_are_broken():
     model = common.Classifier(net, "image", (0.0,), (1.0,))
     x, _ = batch(classes=2)
     y = model(x).argmax(1)
-    x_adv = common.pgd(model, x, y, 1.0, 1.0, 3, restarts=4, stop_broken=True)
+    x_adv = common.pgd(model, x, y, 1.0, 1.0, 3, restarts=4, labels=y)
     assert (model(x_adv).argmax(1) != y).all()
 
 
@@ -208,7 +208,7 @@ def test_stopping_early_saves_passes():
     model.forward = lambda x: (sizes.append(len(x)), forward(x))[1]
     wrong = (model(x).argmax(1) + 1) % 3
     sizes.clear()
-    common.ifgsm(model, x, wrong, 0.1, 50, stop_broken=True)
+    common.ifgsm(model, x, wrong, 0.1, 50, labels=wrong)
     assert sizes == [len(x)]
 
 
@@ -219,32 +219,36 @@ def trained(train):
     return model, evaluate.load_test("digits", "data", 200, "cpu")
 
 
-def accuracy_of_foolbox(attack, model, test, eps):
+def accuracy_of_foolbox(attack, model, test, eps, seed):
+    torch.manual_seed(seed)
     fmodel = foolbox.PyTorchModel(model, bounds=(0, 1))
     _, _, success = attack(fmodel, common.to_float(test.images), test.labels, epsilons=eps)
     return 1 - success.double().mean().item()
 
 
-@pytest.mark.parametrize("name, oracle, slack", [
-    ("fgsm", foolbox.attacks.LinfFastGradientAttack(), 0.0),
-    ("ifgsm-10", foolbox.attacks.LinfBasicIterativeAttack(rel_stepsize=0.1, steps=10, random_start=False), 0.003),
-    ("pgd-20", foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=20), 0.01),
-    ("pgd-cw-20", foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=20), 0.02)])
-def test_as_strong_as_foolbox(trained, name, oracle, slack):
-    """At equal budget, where between 20 and 80 % survive: FGSM equal, iterative ones at least as strong."""
+@pytest.mark.parametrize("name, oracle, seeds", [
+    ("fgsm", foolbox.attacks.LinfFastGradientAttack(), 1),
+    ("ifgsm-10", foolbox.attacks.LinfBasicIterativeAttack(rel_stepsize=0.1, steps=10, random_start=False), 1),
+    ("pgd-20", foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=20), 4),
+    ("pgd-cw-20", foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=20), 4)])
+def test_as_strong_as_foolbox(trained, name, oracle, seeds):
+    """At equal budget, where between 20 and 80 % survive: FGSM equal, iterative ones at least as strong, those with a
+    random start in the mean of four seeds, which differ by 2 points."""
     model, test = trained
     for eps in (0.12, 0.16):
-        attack, = evaluate.parse_attacks(name, "digits", eps, step=0.1 * eps)
-        flags, _ = evaluate.evaluate(model, test, attack, 100, seed=0)
-        theirs = accuracy_of_foolbox(oracle, model, test, eps)
-        assert 0.2 < flags.mean() < 0.8, "choose another eps"
-        assert flags.mean() <= theirs + slack + 1e-9
+        ours, theirs = [], []
+        for seed in range(seeds):
+            attack, = evaluate.parse_attacks(name, "digits", eps, step=0.1 * eps, seed=seed)
+            ours.append(evaluate.evaluate(model, test, attack, 100)[:, 0].mean())
+            theirs.append(accuracy_of_foolbox(oracle, model, test, eps, seed))
+        assert 0.2 < np.mean(ours) < 0.8, "choose another eps"
+        assert np.mean(ours) <= np.mean(theirs) + (0.015 if seeds > 1 else 0.003)
         if name == "fgsm":
-            assert flags.mean() == pytest.approx(theirs)
+            assert np.mean(ours) == pytest.approx(np.mean(theirs))
 
 
 def test_a_large_eps_leaves_nothing(trained):
     model, test = trained
     attack, = evaluate.parse_attacks("pgd-40", "digits", 0.6)
-    flags, largest = evaluate.evaluate(model, test, attack, 120, seed=0)
-    assert flags.mean() < 0.02 and 0.5 < largest <= 0.6 + 1e-6
+    flags, largest = evaluate.evaluate(model, test, attack, 120)[:, :2].T
+    assert flags.mean() < 0.02 and 0.5 < largest.max() <= 0.6 + 1e-6

@@ -1,0 +1,389 @@
+"""evaluate.py's own attacks against brute force, closed forms and the packages they call; its record, checks, plots."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import evaluate
+from conftest import Linear, plain, run_main
+
+
+def evaluate_main(*words):
+    run_main(evaluate.main, "evaluate.py", "--wandb", "disabled", *words)
+
+
+def batch(n, shape=(1, 3, 3), low=0.0, high=1.0, seed=1):
+    torch.manual_seed(seed)
+    return low + (high - low) * torch.rand(n, *shape)
+
+
+def attack(name, eps=0.1, **options):
+    return evaluate.parse_attacks(name, "digits", eps, **options)[0]
+
+
+def run(name, model, x, y, eps=0.1, **options):
+    """Which samples an attack by name leaves correct, bool (N,)."""
+    a = attack(name, eps, **options)
+    torch.manual_seed(0)
+    x_adv = evaluate.ATTACKS[a.kind].run(model, x, y, a, y)
+    return evaluate.judge(model, x, y, x_adv, a)[:, 0] == 1
+
+
+class Rugged(nn.Module):
+    """Nine pixels, three classes, many small hills."""
+
+    def __init__(self, classes=3, scale=4.0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, classes))
+        for p in self.net.parameters():
+            p.data *= scale
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_multi_targeted_against_brute_force():
+    """On a linear model some wrong class i wins within the ball iff max_i f_i - f_y + eps |w_i - w_y|_1 > 0 (images
+    away from the border of [0, 1]); the loss that follows the largest wrong logit misses some of these."""
+    model, x = Linear((1, 3, 3), classes=6, scale=1.0), batch(600, low=0.25, high=0.75)
+    y = model(x).argmax(1)
+    weight, z = model.layer.weight.detach(), model(x).detach()
+    reach = z - z.gather(1, y[:, None]) + 0.2 * (weight[None] - weight[y][:, None]).abs().sum(2)
+    reach[torch.arange(len(x)), y] = -np.inf
+    exact = reach.amax(1) <= 0
+    assert 0.2 < exact.float().mean() < 0.8
+    one_step = dict(eps=0.2, step=0.2)
+    assert torch.equal(run("multi-3", model, x, y, **one_step), exact)
+    assert run("un-3", model, x, y, **one_step).sum() > exact.sum()
+
+
+def test_rays_against_brute_force():
+    """All 512 sign vectors of nine pixels, each with its first wrong radius on a fine grid: RayS breaks nothing that
+    they do not, and at least nine in ten of what they do; its queries stay within the budget."""
+    model, x = Rugged(), batch(150)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=9))).view(-1, 1, 3, 3)
+        reachable = torch.tensor([any((model((image + radius * signs).clamp(0, 1)).argmax(1) != label).any()
+                                      for radius in torch.linspace(0, 0.1, 101)) for image, label in zip(x, y)])
+    assert 0.2 < reachable.float().mean() < 0.8
+    asked, forward = torch.zeros(len(x)), model.forward
+
+    def count(images):
+        assert torch.is_tensor(images) and not torch.is_grad_enabled()
+        count.queries += len(images)
+        return forward(images)
+    count.queries, model.forward = 0, count
+    broken = ~run("rays-400", model, x, y)
+    assert not (broken & ~reachable).any() and (broken & reachable).sum() >= 0.9 * reachable.sum()
+    assert count.queries <= (400 + 11) * len(x) + len(x)
+    weak = ~run("rays-3", model, x, y)
+    assert weak.sum() < broken.sum() and asked.sum() == 0
+
+
+def test_random_targeted_aims_at_wrong_classes():
+    """Some samples fall, and fewer than if every wrong class is tried; the true class is nobody's target."""
+    model, x = Linear((1, 3, 3), classes=5, scale=2.0), batch(300)
+    y = model(x).argmax(1)
+    left = run("targeted-10", model, x, y)
+    assert 0.05 < left.float().mean() < 0.95
+    assert left.sum() > run("multi-10", model, x, y).sum()  # one wrong class is fewer than all
+
+
+@pytest.mark.parametrize("name", ["deepfool", "cw-l2-300"])
+def test_minimal_l2_against_the_closed_form(name):
+    """Two linear classes: the nearest wrong point is |f_1 - f_0| / ||w_1 - w_0|| away."""
+    model, x = Linear((1, 4, 4), classes=2, scale=1.0), batch(40, (1, 4, 4), low=0.45, high=0.55)
+    z, weight = model(x).detach(), model.layer.weight.detach()
+    y, distance = z.argmax(1), (z[:, 1] - z[:, 0]).abs() / (weight[1] - weight[0]).norm()
+    x, y, distance = x[distance < 0.3], y[distance < 0.3], distance[distance < 0.3]
+    a = attack(name)
+    x_adv = evaluate.ATTACKS[a.kind].run(plain(model), x, y, a, y)
+    correct, _, l2, _ = evaluate.judge(model, x, y, x_adv, a).T
+    assert len(x) > 10 and (correct == 0).all()
+    assert ((l2 >= 0.999 * distance) & (l2 <= 1.25 * distance + 1e-3)).all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_noise_is_a_weak_attack():
+    model, x = Rugged(), batch(300)
+    y = model(x).argmax(1)
+    one, hundred, pgd = (run(name, model, x, y).float().mean() for name in ("noise", "noisex100", "pgd-20"))
+    assert pgd < hundred < one <= 1
+
+
+NETWORK = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.Tanh(), nn.Linear(32, 10))
+
+def no_network():
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A network this project's code did not make: (folder with net.py and weights.pt, the plain torch model)."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "net.py").write_text(NETWORK)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.Tanh(), nn.Linear(32, 10))
+    images, labels = common.digits("train")
+    x, y = torch.from_numpy(images).float() / 255, torch.from_numpy(labels)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01, weight_decay=1e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), folder / "weights.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, folder / "wrapped.pt")
+    return folder, net.eval()
+
+
+def test_autoattack_of_a_foreign_network_is_the_packages(foreign):
+    """A bare state_dict and its own file: AutoAttack through us and called directly agree sample by sample."""
+    from pyautoattack import AutoAttack
+    folder, net = foreign
+    words = ["--dataset", "digits", "--model", f"{folder}/net.py:make", "--eps", "0.07", "--limit", 24, "--seed", 5]
+    evaluate_main("--ckpt", folder / "weights.pt", *words, "--attacks", "clean,aa")
+    test = evaluate.load_test("digits", "data", 24, "cpu")
+    x, y = common.to_float(test.images).contiguous(), test.labels
+    adversary = AutoAttack(net, eps=0.07, seed=5)
+    x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=24)
+    theirs = (net(x_adv).argmax(1) == y).numpy()
+    outcome = json.loads((folder / "weights.eval.json").read_text())[1]
+    ours = np.load(folder / "weights.eval.npz")[outcome["key"]][:, 0] == 1
+    assert 0.2 < theirs.mean() < 0.8 and np.array_equal(ours, theirs)
+    assert outcome["attack"] == "aa" and outcome["seed"] == 5 and outcome["accuracy"] == theirs.mean()
+
+
+def test_foreign_checkpoints(foreign, tmp_path, capsys):
+    """Prefixes and the usual wrapper are stripped; what is missing or wrong is named; a checkpoint's own file of code
+    is not followed unless the command line gives it."""
+    folder, _ = foreign
+    words = ["--attacks", "clean,fgsm", "--limit", 50, "--dataset", "digits"]
+    tables = []
+    for name in ("weights.pt", "wrapped.pt"):
+        capsys.readouterr()
+        evaluate_main("--ckpt", folder / name, *words, "--model", f"{folder}/net.py:make")
+        tables.append(capsys.readouterr().out.split("largest")[1].split("worst")[0])
+    accuracies = [[line.split()[:2] for line in table.splitlines()[1:]] for table in tables]
+    assert accuracies[0] == accuracies[1] and "clean" in tables[0]
+    for model, named in (("lenet+", "do not fit"), (f"{folder}/none.py:make", "none.py"),
+                         (f"{folder}/net.py:no_network", "must return a torch.nn.Module"),
+                         (f"{folder}/net.py:absent", "absent")):
+        with pytest.raises(common.UsageError, match=named):
+            evaluate_main("--ckpt", folder / "weights.pt", *words, "--model", model)
+    with pytest.raises(common.UsageError, match="bare state_dict: --model and --dataset"):
+        evaluate_main("--ckpt", folder / "weights.pt", "--attacks", "clean")
+    import sat_rx
+    own = ["--dataset", "digits", "--epochs", 1, "--method", "nt", "--model", f"{folder}/net.py:make"]
+    run_main(sat_rx.main, "sat_rx.py", *own, "--ckpt", tmp_path / "run.pt")
+    with pytest.raises(common.UsageError, match="not run unasked: give --model"):
+        evaluate_main("--ckpt", tmp_path / "run.pt", *words)
+    evaluate_main("--ckpt", tmp_path / "run.pt", *words, "--model", f"{folder}/net.py:make")
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes(classes):
+    """AutoAttack's nine targets and APGD-T's four logits do not fit: it adapts; so do the multi-targeted attacks."""
+    model, x = Linear((1, 3, 3), classes=classes, scale=1.0), batch(12)
+    y = model(x).argmax(1)
+    aa, multi = run("aa", model, x, y), run("multi-5", model, x, y)
+    assert not (aa & ~multi).any() and (run("fgsm", model, x, y) | ~aa).all()
+
+
+def test_too_many_classes_are_refused():
+    with pytest.raises(common.UsageError, match="99 wrong classes is out of reach"):
+        evaluate.parse_attacks("multi-20", "cifar100", 0.03)
+    with pytest.raises(common.UsageError, match="no corrupted copy"):
+        evaluate.parse_attacks("corruptions", "mnist", 0.3)
+
+
+def test_names_compose():
+    """Radius and step by name: pgd-20:0.2 has its own eps; the papers' steps; a step never exceeds its radius."""
+    a, b = evaluate.parse_attacks("pgd-20x3:1/10, un-4", "mnist", 0.3)
+    assert (a.eps, a.restarts, a.steps, a.start) == (0.1, 3, 20, "ball") and b.eps == 0.3
+    assert a.step == pytest.approx(1.25 * 0.1 / 20) and b.step == pytest.approx(1.25 * 0.3 / 4)
+    assert evaluate.parse_attacks("pgd-20", "mnist", 0.1, step="eps/steps")[0].step == pytest.approx(0.005)
+    assert evaluate.parse_attacks("pgd-20", "mnist", 0.005, step=0.01)[0].step == 0.005
+    for protocol, plans in evaluate.PROTOCOLS.items():
+        for dataset, plan in plans.items():
+            names = plan["attacks"].replace(",multi-20x5", "") if dataset == "cifar100" else plan["attacks"]
+            parsed = [a.name for a in evaluate.parse_attacks(names, dataset, 0.1, plan["step"], plan["start"])]
+            assert protocol == "common" or set(plan["few"]) >= {n for n in parsed if n in ("aa", "multi-50x20")}
+
+
+@pytest.fixture
+def digits_run(train, tmp_path):
+    """A robust network on digits, in a folder of its own."""
+    path = tmp_path / "run.pt"
+    shutil.copy(train("r2", "--epochs", "6"), path)
+    return path
+
+
+def test_saved_images_reproduce_the_accuracy(digits_run, tmp_path):
+    """--save-adv: float32 images inside ball and box, on which the checkpoint has exactly the reported accuracy."""
+    file = tmp_path / "adv.npz"
+    evaluate_main("--ckpt", digits_run, "--attacks", "fgsm,un-5x2", "--limit", 80, "--save-adv", file)
+    model, _ = common.load_model(digits_run)
+    clean = common.to_float(evaluate.load_test("digits", "data", 80, "cpu").images)
+    with np.load(file) as saved:
+        for outcome in json.loads((tmp_path / "run.eval.json").read_text()):
+            images, labels = (saved[f"{outcome['attack']}/{name}"] for name in ("images", "labels"))
+            assert images.dtype == np.float32 and images.min() >= 0 and images.max() <= 1
+            assert 0.09 < np.abs(images - clean.numpy()).max() <= 0.1 + 1e-6
+            logits = evaluate.logits_of(model, torch.from_numpy(images))
+            assert (logits.argmax(1).numpy() == labels).mean() == outcome["accuracy"] < 1
+
+
+def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
+    """Stopped in the third batch of the second attack and started again: batches done are not attacked again, what was
+    finished is not measured again, and the outcome is that of an uninterrupted evaluation."""
+    words = ["--attacks", "fgsm,pgd-5x2", "--limit", 100, "--batch-size", 20]
+    whole = tmp_path / "whole.pt"
+    shutil.copy(digits_run, whole)
+    evaluate_main("--ckpt", whole, *words)
+    real, calls, clock = evaluate.run_pgd, [], itertools.count(0, 60)
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))  # half a minute passes in every batch
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    monkeypatch.setitem(evaluate.ATTACKS, "pgd", evaluate.ATTACKS["pgd"]._replace(run=counted))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_main("--ckpt", digits_run, *words)
+    monkeypatch.setattr(common, "fgsm", None)  # would fail
+    evaluate_main("--ckpt", digits_run, *words)
+    assert len(calls) == 3 + 3
+    read = lambda path: [{k: v for k, v in o.items() if k != "seconds"} for o in json.loads(path.read_text())]
+    assert read(tmp_path / "run.eval.json") == read(tmp_path / "whole.eval.json")
+    a, b = np.load(tmp_path / "run.eval.npz"), np.load(tmp_path / "whole.eval.npz")
+    assert all(np.array_equal(a[key], b[key]) for key in b.files if not key.endswith("seconds"))
+    evaluate_main("--ckpt", digits_run, *words)
+    assert len(calls) == 6
+    monkeypatch.undo()
+    evaluate_main("--ckpt", digits_run, *words, "--overwrite")
+    assert read(tmp_path / "run.eval.json") == read(tmp_path / "whole.eval.json")
+
+
+def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path):
+    """What one of the restarts' images breaks is broken; the worst case over attacks is taken sample by sample."""
+    source = tmp_path / "source.pt"
+    shutil.copy(digits_run, source)
+    words = ["--attacks", "clean", "--surrogate", source, "--limit", 60, "--eps", "0.14"]
+    evaluate_main("--ckpt", digits_run, *words, "--transfer", "pgd-3x3")
+    images = torch.from_numpy(np.load(next(tmp_path.glob("source.pgd-3x3-*.npy"))))
+    model, _ = common.load_model(digits_run)
+    y = evaluate.load_test("digits", "data", 60, "cpu").labels
+    right = torch.stack([evaluate.logits_of(model, x).argmax(1) == y for x in images])
+    outcome = json.loads((tmp_path / "run.eval.json").read_text())[-1]
+    assert images.shape == (3, 60, 1, 28, 28) and outcome["attack"] == "pgd-3x3@lenet+"
+    assert outcome["accuracy"] == right.all(0).double().mean() < right.double().mean(1).min() + 1e-9
+
+
+def test_corruptions(tmp_path, capsys):
+    """Each type over five severities at the chosen test images, and their mean; the address where they are missing."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 30)
+    images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", test_images=images, test_labels=labels)
+    model = common.build_model("wrn-10-1", "cifar10")
+    torch.save(model.net.state_dict(), tmp_path / "w.pt")
+    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "cifar10", "--model", "wrn-10-1", "--data-dir", tmp_path]
+    with pytest.raises(common.UsageError, match="CIFAR-10-C.*zenodo.org/records/2535967"):
+        evaluate_main(*words, "--attacks", "corruptions")
+    (tmp_path / "CIFAR-10-C").mkdir()
+    arrays = {name: rng.integers(0, 256, (150, 32, 32, 3), dtype=np.uint8) for name in ("fog", "snow")}
+    for name, array in dict(arrays, labels=np.tile(labels, 5)).items():
+        np.save(tmp_path / "CIFAR-10-C" / f"{name}.npy", array)
+    evaluate_main(*words, "--attacks", "corruptions", "--limit", 20)
+    outcome, = json.loads((tmp_path / "w.eval.json").read_text())
+    rows = common.subset(30, 20).numpy()
+    for name, array in arrays.items():
+        x = array.reshape(5, 30, 32, 32, 3)[:, rows].reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2) / 255
+        right = model.eval()(torch.from_numpy(x).float()).argmax(1).numpy() == np.tile(labels[rows], 5)
+        assert outcome["types"][name] == pytest.approx(right.mean())
+    assert outcome["accuracy"] == pytest.approx(np.mean(list(outcome["types"].values())))
+
+
+def test_alignment_of_a_linear_model():
+    """Eqs. 4, 6 and 7 from the weights."""
+    model, x = Linear((1, 4, 4), classes=4), batch(30, (1, 4, 4))
+    test = common.Split((255 * x).round().byte(), torch.zeros(30, dtype=torch.int64), torch.arange(30))
+    flat, weight = common.to_float(test.images).flatten(1), model.layer.weight.detach()
+    z = model(common.to_float(test.images)).detach()
+    for i, (alpha, binarised, robustness) in enumerate(evaluate.alignment(model, test, 7)):
+        top = z[i].argmax()
+        others = [j for j in range(4) if j != top]
+        distances = [((z[i, top] - z[i, j]) / (weight[top] - weight[j]).norm()).item() for j in others]
+        g = weight[top] - weight[others[int(np.argmin(distances))]]
+        assert robustness == pytest.approx(min(distances), rel=1e-4)
+        assert alpha == pytest.approx(((flat[i] @ weight[top]).abs() / weight[top].norm()).item(), rel=1e-4)
+        assert binarised == pytest.approx(((flat[i] @ g).abs() / g.norm()).item(), rel=1e-4)
+
+
+def verdict(model, outcomes=(), curve=None):
+    test = evaluate.load_test("digits", "data", 50, "cpu")
+    curve = curve or evaluate.curves(model, test, "digits", 0.1, 100, 0)
+    dead = evaluate.dead_gradients(model, test, 100)
+    tests = evaluate.sanity(curve, dead, 10, list(outcomes))
+    return {finding.split(":")[0]: passed for passed, finding in tests}, curve
+
+
+def test_sanity_finds_masked_gradients(train, monkeypatch):
+    """A robust network passes; one that hides its gradient, or scales its logits by 1e5, does not."""
+    monkeypatch.setattr(evaluate, "STEPS", (1, 10, 20))
+    monkeypatch.setattr(evaluate, "RADII", (0.5, 1, 3))
+    model, _ = common.load_model(train("r2", "--epochs", "6"))
+    tests, curve = verdict(model)
+    assert len(tests) == 8 and all(tests.values()), tests
+    forward = model.net.forward
+    model.net.forward = lambda x: forward((10 * x).round() / 10) + 0 * x.sum()
+    hidden, _ = verdict(model)
+    assert not hidden["gradients live"] and not hidden["at eps 1 no more than chance is left"]
+    model.net.forward = lambda x: 1e5 * forward(x)
+    assert not verdict(model, curve=curve)[0]["gradients live"]
+    model.net.forward = forward
+    found = dict(kind="fgsm", attack="fgsm", eps=0.1, accuracy=0.9), \
+        dict(kind="fgsm", attack="fgsm@c", eps=0.1, accuracy=0.5, surrogate_sha256=""), \
+        dict(kind="rays", attack="rays-9", eps=0.1, accuracy=0.3)
+    tests, _ = verdict(model, found, curve)
+    assert not tests["white-box beats black-box"] and not tests["gradients beat labels alone"]
+    notes = dict(kind="aa", attack="aa", eps=0.1, accuracy=0.3, warnings=["points with zero gradient"])
+    assert verdict(model, [notes], curve)[0]["AutoAttack"] is False
+
+
+def test_autoattacks_warnings_are_kept(monkeypatch):
+    """A network that answers at random: the package says so, and the note ends up with the outcome."""
+    class Random(Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.randn(len(x), 3)
+    notes, x = evaluate.Notes(), batch(8)
+    run("aa", Random((1, 3, 3)), x, torch.zeros(8, dtype=torch.int64))
+    assert any("randomized" in text for text in notes.take()) and notes.take() == []
+
+
+def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
+    """All figures are written, none is blank, with the numbers beside them; the verdict is one line."""
+    from matplotlib import image
+    monkeypatch.setattr(evaluate, "STEPS", (1, 5, 10))
+    evaluate_main("--ckpt", digits_run, "--attacks", "clean,fgsm,pgd-5", "--limit", 40, "--sanity", "--per-class",
+                  "--alignment", "--plots", tmp_path / "figures")
+    out = capsys.readouterr().out
+    assert out.count("verdict:") == 1 and "by class" in out and "linearised robustness" in out
+    assert "worst case of these 3 at eps 0.1, sample by sample" in out
+    paths = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert paths == ["curves.png", "images.png", "surface.png", "training.png"]
+    assert all(image.imread(tmp_path / "figures" / name)[..., :3].std() > 0.05 for name in paths)
