@@ -514,13 +514,14 @@ def draw_surface(plt, model, test, checkpoint, curve, eps, seed):
     common.seed_stream(seed, "surface")
     x, y, _ = next(common.eval_batches(test, 3))
     grid = torch.linspace(-2 * eps, 2 * eps, 41, device=x.device)
+    ticks = grid.cpu().numpy()
     with common.model_mode(model, "eval"):
         along = common.input_gradient(model, x, y)[0].sign()
         across = torch.randn_like(x).sign()
         for ax, image, label, first, second in zip(axes, x, y, along, across):
             moved = image + grid[:, None, None, None, None] * second + grid[:, None, None, None] * first
             loss = common.cross_entropy(logits_of(model, moved.flatten(0, 1).clamp(0, 1)), label.expand(len(grid) ** 2))
-            shown = ax.contourf(grid.cpu(), grid.cpu(), loss.view(len(grid), -1).cpu(), 30, cmap="viridis")
+            shown = ax.contourf(ticks, ticks, loss.view(len(grid), -1).cpu().numpy(), 30, cmap="viridis")
             ax.set(xlabel="along the gradient's sign", ylabel="along a random sign", title=f"class {label}")
             ax.plot([-eps, eps, eps, -eps, -eps], [-eps, -eps, eps, eps, -eps], "w--", linewidth=0.8)
             figure.colorbar(shown, ax=ax, label="cross-entropy")
@@ -542,7 +543,7 @@ def draw_images(plt, model, test, checkpoint, curve, eps, seed):
     figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained", squeeze=False)
     for line, (row, images) in zip(axes, rows.items()):
         for column, (ax, image) in enumerate(zip(line, images)):
-            ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
             if row in ("clean", "adversarial"):
                 ax.set_title(f"{names[row != 'clean'][column]} (true {y[column]})", fontsize=8)

@@ -344,7 +344,7 @@ def verdict(model, outcomes=(), curve=None):
 
 def test_sanity_finds_masked_gradients(train, monkeypatch):
     """A robust network passes; one that hides its gradient, or scales its logits by 1e5, does not."""
-    monkeypatch.setattr(evaluate, "STEPS", (1, 10, 20))
+    monkeypatch.setattr(evaluate, "STEPS", (1, 30, 40))
     monkeypatch.setattr(evaluate, "RADII", (0.5, 1, 3))
     model, _ = common.load_model(train("r2", "--epochs", "6"))
     tests, curve = verdict(model)
