@@ -424,12 +424,12 @@ def sanity(curve, dead, classes, outcomes):
     fgsm, pgd = ([accuracy for accuracy, _ in curve[name]] for name in ("fgsm", "pgd-40"))
     here, percent = curve["at_eps"], lambda values: ", ".join(f"{100 * value:.1f}" for value in values)
     gap, rises = fgsm[here] - pgd[here], [max(np.diff(series), default=0) for series in (fgsm, pgd)]
-    falls = [min(np.diff([loss for _, loss in curve[name]])) for name in ("fgsm", "pgd-40")]
+    falls = [min(np.diff([loss for _, loss in curve[name][:here + 1]])) for name in ("fgsm", "pgd-40")]
     tests = [
         (gap > -0.02, f"iterative beats single-step: FGSM {percent([fgsm[here]])}, PGD-40 {percent([pgd[here]])} %"),
         (gap < 0.3, f"FGSM finds most of what PGD finds: {100 * gap:.1f} points between them"),
         (max(rises) < 0.02, f"accuracy never rises with eps: FGSM {percent(fgsm)}, PGD-40 {percent(pgd)} %"),
-        (min(falls) > -0.1, f"nor does the loss fall: by at most {-min(0, *falls):.2f} for FGSM or PGD-40"),
+        (min(falls) > -0.1, f"nor does the loss fall up to eps: by at most {-min(0, *falls):.2f} for FGSM or PGD-40"),
         (pgd[-1] <= 1 / classes, f"at eps 1 no more than chance is left: {percent(pgd[-1:])} % under PGD-40"),
         (curve["steps"][-2] - curve["steps"][-1] < 0.02, f"more steps saturate: PGD-{', '.join(map(str, STEPS))}: "
          f"{percent(curve['steps'])} %"),
@@ -501,7 +501,7 @@ def draw_curves(plt, model, test, checkpoint, curve, eps, seed):
         right.plot(curve["radii"], loss, style, label=name.upper())
     middle.axvline(eps, color="grey", linewidth=0.8)
     middle.set(xlabel="eps (images in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
-    right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="symlog")
+    right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="log")
     middle.legend(), right.legend()
     figure.suptitle(f"{checkpoint['script']}, {checkpoint['model']} on {checkpoint['dataset']}, {curve['n']} images",
                     fontsize=10)
@@ -523,7 +523,7 @@ def draw_surface(plt, model, test, checkpoint, curve, eps, seed):
             loss = common.cross_entropy(logits_of(model, moved.flatten(0, 1).clamp(0, 1)), label.expand(len(grid) ** 2))
             shown = ax.contourf(ticks, ticks, loss.view(len(grid), -1).cpu().numpy(), 30, cmap="viridis")
             ax.set(xlabel="along the gradient's sign", ylabel="along a random sign", title=f"class {label}")
-            ax.plot([-eps, eps, eps, -eps, -eps], [-eps, -eps, eps, eps, -eps], "w--", linewidth=0.8)
+            ax.plot([-eps, 0, eps, 0, -eps], [0, eps, 0, -eps, 0], "w--", linewidth=0.8)  # the eps-ball in this plane
             figure.colorbar(shown, ax=ax, label="cross-entropy")
     return figure
 
@@ -564,6 +564,7 @@ def draw_training(plt, model, test, checkpoint, curve, eps, seed):
                 scale = 1 if prefix == "train/" else 100
                 ax.plot([row["epoch"] for row in history], [scale * v for v in values], label=name[len(prefix):])
         ax.set(xlabel="epoch", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(fontsize=8)
     return figure
 
