@@ -35,11 +35,11 @@ except ImportError:  # not on Windows: runs work, two of them on one path are no
 
 # The threat model the field uses on each data set: eps (L-infinity) and PGD's step, with the pixel statistics.
 DATASETS = {
-    "digits": dict(classes=10, shape=(1, 28, 28), eps=0.1, step=0.02, augment=False, mean=(0.307,), std=(0.314,)),
-    "mnist": dict(classes=10, shape=(1, 28, 28), eps=0.3, step=0.01, augment=False, mean=(0.1307,), std=(0.3081,)),
-    "cifar10": dict(classes=10, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment=True,
+    "digits": dict(classes=10, shape=(1, 28, 28), eps=0.1, step=0.02, augment="", mean=(0.307,), std=(0.314,)),
+    "mnist": dict(classes=10, shape=(1, 28, 28), eps=0.3, step=0.01, augment="", mean=(0.1307,), std=(0.3081,)),
+    "cifar10": dict(classes=10, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment="constant",
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(classes=100, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment=True,
+    "cifar100": dict(classes=100, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment="constant",
                      mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
 }
 
@@ -296,24 +296,25 @@ def eval_batches(split, batch_size, name="evaluating"):
 def train_batches(split, batch_size, seed, epoch, augment):
     """(x, y, index) over a shuffled split, with a progress bar; seeds torch for each step before drawing from it.
 
-    `index` is each image's position in the whole training set. `augment`: pad by 4, crop, flip.
+    `index` is each image's position in the whole training set. `augment`: how to pad before crop and flip, a mode of
+    torch's pad ("constant": by zeros), or "" for neither.
     """
     seed_stream(seed, "order", epoch)
     order = torch.randperm(len(split.labels)).to(split.labels.device)
     for step, rows in enumerate(progress(order.split(batch_size), f"epoch {epoch + 1}")):
         seed_stream(seed, "step", epoch, step)
         x = to_float(split.images[rows])
-        yield crop_and_flip(x) if augment else x, split.labels[rows], split.index[rows]
+        yield crop_and_flip(x, augment) if augment else x, split.labels[rows], split.index[rows]
 
 
-def crop_and_flip(x, pad=4):
-    """Random crop after zero padding, then a random horizontal flip, per image; (N, C, H, W) in and out."""
+def crop_and_flip(x, mode="constant", pad=4):
+    """Random crop after padding, then a random horizontal flip, per image; (N, C, H, W) in and out."""
     n, c, h, w = x.shape
     top, left = torch.randint(0, 2 * pad + 1, (2, n, 1, 1), device=x.device)
     columns = torch.arange(w, device=x.device).expand(n, 1, w)
     columns = torch.where(torch.rand(n, 1, 1, device=x.device) < 0.5, columns.flip(2), columns)
     rows = torch.arange(h, device=x.device)[None, :, None] + top
-    padded = F.pad(x, [pad] * 4).permute(0, 2, 3, 1)
+    padded = F.pad(x, [pad] * 4, mode).permute(0, 2, 3, 1)
     crop = padded[torch.arange(n, device=x.device)[:, None, None], rows, columns + left]  # (N, H, W, C)
     return crop.permute(0, 3, 1, 2)
 
@@ -743,6 +744,7 @@ class Run:
         self.script, self.config, self.path = script, config, Path(config["ckpt"] or default)
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
         self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
+        self.method_state = None  # what an interrupted run's method kept
         self.lock_path()
         resumable = self.resume_path.exists()
         exists = any(path.exists() for path in (self.path, self.resume_path, self.log_path))
@@ -775,6 +777,7 @@ class Run:
         try:
             old, new = dict(state["args"], script=state["script"]), dict(self.config, script=self.script)
             self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+            self.method_state = state["method_state"]
             self.provenance = state["provenance"]  # of the command that started the run
         except (KeyError, TypeError):
             raise UsageError(f"{self.resume_path}: is not what an interrupted run leaves")

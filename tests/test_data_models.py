@@ -90,7 +90,7 @@ def test_every_epoch_visits_every_image_once(tmp_path):
     train, _ = common.load_train("mnist", tmp_path, 10, None, "cpu")
     orders = []
     for epoch in (0, 1, 0):
-        batches = [(x, y, i) for x, y, i in common.train_batches(train, 8, seed=3, epoch=epoch, augment=False)]
+        batches = [(x, y, i) for x, y, i in common.train_batches(train, 8, seed=3, epoch=epoch, augment="")]
         orders.append(torch.cat([i for _, _, i in batches]))
         assert sorted(orders[-1].tolist()) == train.index.tolist()
         lookup = {i: k for k, i in enumerate(train.index.tolist())}

@@ -1,0 +1,213 @@
+"""IAAT: instance-adaptive adversarial training.
+
+Instance adaptive adversarial training: Improved accuracy tradeoffs in neural nets, 2020. One eps for all asks for the
+impossible where classes lie close, so every training image has its own: it grows by a little while PGD fails to change
+the prediction and shrinks where it does (algorithm 2). Eq. 2, solved as adversarial training is (algorithm 1):
+    min over weights of  sum over i of  max over |delta_i| <= eps_i of  CE(f(x_i + delta_i), y_i)
+
+    python iaat.py                                          # the paper's settings: CIFAR-10, ResNet-18, 200 epochs
+    python iaat.py --dataset digits                         # bundled real digits: no download, a minute on a CPU
+
+Not measured yet: results/ has no network of this script.
+"""
+
+import time
+
+import torch
+
+import common
+
+# The paper's settings (table 10; eps is eps_w of the warm-up and that of PGD-AT). MNIST is not in the paper: eps as
+# usual there, gamma in proportion to it, the rest ours; `digits` is a smoke test.
+CIFAR = dict(model="resnet18", normalize="dataset", epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, momentum=0.9,
+             val=0, eps=8 / 255, gamma=1.9 / 255, beta=0.1, warmup=5, attack_steps=10, step_size=2 / 255, eps_min=0.0)
+MNIST = dict(CIFAR, model="lenet+", normalize="none", epochs=30, lr=0.02, eps=0.3, gamma=0.07, attack_steps=20,
+             step_size=0.01)
+DIGITS = dict(MNIST, epochs=20, batch_size=32, lr=0.05, eps=0.1, gamma=0.024, warmup=3, attack_steps=10, step_size=0.02)
+PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS}
+MODEL = {"wrn-32-10": dict(epochs=110, weight_decay=5e-4, warmup=10)}
+DROPS = {"wrn-32-10": (0.2, (70 / 110, 90 / 110, 100 / 110))}  # factor, after which share of the epochs
+DROPS_ELSE = (0.1, (80 / 200, 140 / 200, 170 / 200))
+METHODS = {"iaat": "eps by algorithm 2", "line-search": "the largest eps of a grid that holds (table 7)",
+           "pgd-at": "one eps for all", "mixup": "PGD-AT with mixed-up labels (table 8)", "clean": "no adversary"}
+
+# Differences from the paper
+# - The memory starts at eps_w and stays so during the warm-up; in the authors' code it starts at 0, and the warm-up
+#   writes it: eps_w, or 0 for misclassified images, which later train at their shrunken eps. Ours train on the clean
+#   image (algorithm 1, line 11).
+# - Whether f(x_i) is right (line 9) and holds (algorithm 2) is asked with BatchNorm in the attack's mode, eval by
+#   default; the authors' code attacks in train mode: --attack-mode train.
+# - The second candidate is attacked only where the first failed; in train mode everywhere, or BatchNorm would see only
+#   the hard images. In eval mode the result is the same.
+# - Every PGD with an eps of its own steps by max(step size, eps_i / (0.5 steps)), as in the authors' code.
+# - Line search: the grid is gamma, 2 gamma ... 4 eps, its first radius that fails ends it; neither is printed.
+# - Mixup: lambda from Beta(1, 1), on the adversarial images; not printed.
+# - With --epochs, lr falls after the same shares of the epochs.
+# - CIFAR images are padded by reflection, as in the authors' code.
+
+
+def parse(argv=None):
+    """The resolved flags; argv as in argparse."""
+    parser = common.Parser(__doc__)
+    common.shared_flags(parser, PAPER)
+    flag = parser.add_argument
+    flag("--method", choices=list(METHODS), default="iaat",
+         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (%(default)s)")
+    flag("--gamma", type=common.unit, help="how far an eps is tried to grow or shrink, in [0, 1] units (the paper's)")
+    flag("--beta", type=common.number(0, 1), help="share of the new eps in the memory's average (the paper's)")
+    flag("--warmup", type=common.natural, help="epochs with eps for all images; 0: none, tables 5 and 6 (the paper's)")
+    flag("--eps-min", type=common.number(0, 1), help="lower bound on the eps that is used (the paper's)")
+    flag("--attack-steps", type=common.count, help="steps of PGD (the paper's)")
+    flag("--step-size", type=common.unit, help="smallest step of PGD, in [0, 1] units (the paper's)")
+    args = parser.parse_args(argv)
+    model = args.model or PAPER[args.dataset]["model"]
+    return common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
+
+
+def adaptive_pgd(model, x, y, eps, noise, args):
+    """PGD in balls of radius eps (N,) from x + eps noise; the step reaches any ball's border in half of the steps."""
+    step = (eps / (0.5 * args.attack_steps)).clamp(min=args.step_size)
+    return common.pgd(model, x, y, eps, step, args.attack_steps, start=lambda x, eps: (x + eps * noise).clamp(0, 1),
+                      mode=args.attack_mode)
+
+
+def predicts(model, x, y, args):
+    """Where f(x) is y, bool (N,)."""
+    with torch.no_grad(), common.model_mode(model, args.attack_mode):
+        return model(x).argmax(1) == y
+
+
+def holds(model, x, y, eps, asked, args):
+    """Where f(PGD(x, y, eps)) still is y, bool (N,); False where not `asked`, which costs nothing in eval mode."""
+    noise = torch.empty_like(x).uniform_(-1, 1)  # for all: no image's start depends on who is asked
+    rows = asked.nonzero()[:, 0] if args.attack_mode == "eval" else torch.arange(len(x), device=x.device)
+    result = torch.zeros_like(asked)
+    if len(rows):
+        x_adv = adaptive_pgd(model, x[rows], y[rows], eps[rows], noise[rows], args)
+        result[rows] = predicts(model, x_adv, y[rows], args)
+    return result & asked
+
+
+def select_eps(model, x, y, memory, args):
+    """Algorithm 2 for a batch: (new eps (N,), how often the batch was attacked). memory: eps^mem[j - 1, i], (N,)."""
+    everyone = torch.ones_like(y, dtype=torch.bool)
+    eps_1, eps_2, eps_3 = memory + args.gamma, memory, (memory - args.gamma).clamp(min=0)  # lines 1 to 3
+    first = holds(model, x, y, eps_1, everyone, args)  # line 4
+    second = holds(model, x, y, eps_2, ~first, args)  # line 6
+    eps = torch.where(first, eps_1, torch.where(second, eps_2, eps_3))  # lines 5 to 10
+    eps = (1 - args.beta) * memory + args.beta * eps  # line 11
+    return eps, 1 + ((~first).float().mean() if args.attack_mode == "eval" else 1)
+
+
+def line_search(model, x, y, args):
+    """The largest radius of the grid up to which the prediction remains y (section 5.2): (eps (N,), attacks)."""
+    eps, asked, attacks = torch.zeros_like(y, dtype=x.dtype), torch.ones_like(y, dtype=torch.bool), 0
+    for i in range(1, int(4 * args.eps / args.gamma + 1e-6) + 1):
+        attacks = attacks + (asked.float().mean() if args.attack_mode == "eval" else 1)
+        asked = holds(model, x, y, torch.full_like(eps, i * args.gamma), asked, args)
+        eps = torch.where(asked, i * args.gamma, eps)
+        if not asked.any():
+            break
+    return eps, attacks
+
+
+def iaat_loss(model, x, y, memory, warm, args):
+    """Algorithm 1, lines 3 to 11, for a batch: (named scalars, the images' eps (N,)); "loss" is the one to minimise.
+
+    memory: (N,), every image's eps of the epoch before. warm: whether the warm-up goes on. "passes": forward-backward
+    passes of the batch, the update's included; a forward pass alone is a third.
+    """
+    eps, attacks, k = memory, 0, args.attack_steps
+    if args.method == "iaat" and not warm:  # line 6
+        eps, attacks = select_eps(model, x, y, memory, args)
+    if args.method == "line-search" and not warm:
+        eps, attacks = line_search(model, x, y, args)
+    if args.method == "clean":
+        return dict(loss=common.cross_entropy(model(x), y).mean(), passes=x.new_tensor(1.0)), eps
+
+    # Line 8:  x_i^adv = PGD(x_i, y_i, eps_i)
+    used, noise = eps.clamp(min=args.eps_min), torch.empty_like(x).uniform_(-1, 1)
+    if args.method in ("iaat", "line-search"):
+        x_adv = adaptive_pgd(model, x, y, used, noise, args)
+    else:
+        x_adv = common.pgd(model, x, y, args.eps, args.step_size, k, mode=args.attack_mode)
+    if args.method == "mixup":
+        share, other = torch.rand(()).to(x), torch.randperm(len(x)).to(y)
+        logits = model(share * x_adv + (1 - share) * x_adv[other])
+        ce, ce_other = common.cross_entropy(logits, y).mean(), common.cross_entropy(logits, y[other]).mean()
+        return dict(loss=share * ce + (1 - share) * ce_other, passes=x.new_tensor(k + 1.0)), eps
+    if args.method == "pgd-at":
+        return dict(loss=common.cross_entropy(model(x_adv), y).mean(), passes=x.new_tensor(k + 1.0)), eps
+
+    # Lines 9 to 11:  1/N [ sum over S+ of CE(f(x_i^adv), y_i) + sum over S- of CE(f(x_i), y_i) ]
+    right = predicts(model, x, y, args)
+    loss = common.cross_entropy(model(torch.where(right[:, None, None, None], x_adv, x)), y).mean()
+    passes = torch.as_tensor(attacks * (k + 1 / 3) + k + 1 / 3 + 1, device=x.device)
+    return dict(loss=loss, right=right.float().mean(), eps=255 * used.mean(), passes=passes), eps
+
+
+def learning_rate(epoch, args):
+    """Step decay: after the paper's shares of the epochs lr falls by its factor (table 10); epoch counts from 0."""
+    factor, drops = DROPS.get(args.model, DROPS_ELSE)
+    return args.lr * factor ** sum(epoch >= round(drop * args.epochs) for drop in drops)
+
+
+def eps_row(memory, index):
+    """What figs. 7 and 8 show of the training images' eps, on the 0 to 255 scale: mean, quantiles, three images."""
+    eps = 255 * memory[index]
+    row = {"eps/mean": eps.mean().item()}
+    row |= {f"eps/{100 * q:.0f}%": torch.quantile(eps.cpu(), q).item() for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    return row | {f"eps/image_{i}": 255 * memory[i].item() for i in index[common.subset(len(index), 3)].tolist()}
+
+
+def main():
+    args = parse()
+    device, precision = common.set_up(args.device, args.precision)
+    run = common.Run("iaat", dict(vars(args), precision=precision), device)
+    train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
+
+    common.seed_stream(args.seed, "init")
+    model = common.build_model(args.model, args.dataset, args.normalize, device)
+    if args.init:
+        common.load_init(model, args.init)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+
+    first = run.restore(model, optimizer)
+    state = run.method_state or dict(memory=torch.full((int(train.index.max()) + 1,), args.eps), snapshots={})
+    memory = state["memory"].to(device)  # eps of every image, by its index in the training set
+    for epoch in range(first, args.epochs):
+        started, meter = time.perf_counter(), common.Meter(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, args)
+        model.train()
+        augment = common.DATASETS[args.dataset]["augment"] and "reflect"
+        for x, y, index in common.train_batches(train, args.batch_size, args.seed, epoch, augment):
+            with common.autocast(device, precision):
+                terms, memory[index] = iaat_loss(model, x, y, memory[index], epoch < args.warmup, args)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            meter.add(len(x), terms)
+
+        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        terms = meter.read()
+        row |= {"cost/passes": terms.pop("passes"), **{f"train/{name}": value for name, value in terms.items()}}
+        row["seconds"] = time.perf_counter() - started
+        row["cost/ms_per_batch"] = 1000 * row["seconds"] * args.batch_size / len(train.labels)
+        if args.method in ("iaat", "line-search"):
+            row |= eps_row(memory, train.index)
+            if (epoch + 1) % max(1, args.epochs // 8) == 0:  # of fig. 8
+                state["snapshots"][epoch + 1] = memory.cpu().clone()
+        if args.val:
+            def attack(x, y):
+                return common.pgd(model, x, y, args.eps, args.step_size, args.attack_steps)
+            common.seed_stream(args.seed, "validation", epoch)
+            with common.autocast(device, precision):
+                clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
+            row |= {"val/clean": clean, "val/robust": robust}
+        run.finish_epoch(model, optimizer, row, row.get("val/robust"), dict(state, memory=memory.cpu().clone()))
+    run.close()
+
+
+if __name__ == "__main__":
+    common.cli(main)
