@@ -472,47 +472,56 @@ def alignment(model, test, batch_size):
 
 # ----------------------------------------------------------------------------------------------------------- plots
 
-def plots(directory, model, test, checkpoint, curve, eps, seed):
+class Scene(NamedTuple):
+    """What the figures show."""
+    model: torch.nn.Module
+    checkpoint: dict
+    test: common.Split
+    curve: dict  # of `curves`
+    eps: float
+    seed: int
+    data_dir: str
+
+
+def plots(directory, scene):
     """Write the figures as PNG files; returns their paths."""
     with missing("matplotlib"):
         import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     Path(directory).mkdir(parents=True, exist_ok=True)
-    drawings = dict(curves=draw_curves, surface=draw_surface, images=draw_images, training=draw_training)
     paths = []
-    for name, draw in drawings.items():
-        figure = draw(plt, model, test, checkpoint, curve, eps, seed)
-        if figure:
-            paths.append(Path(directory) / f"{name}.png")
+    for draw in (draw_curves, draw_surface, draw_images, draw_training, draw_eps):
+        if figure := draw(plt, scene):
+            paths.append(Path(directory) / f"{draw.__name__[5:]}.png")
             common.write_beside(paths[-1], lambda file: figure.savefig(file, dpi=130, format="png"))
             plt.close(figure)
     return paths
 
 
-def draw_curves(plt, model, test, checkpoint, curve, eps, seed):
+def draw_curves(plt, scene):
     """Accuracy against PGD's steps and against eps, loss against eps (SAT-Rx figs. 5, 7, 8, 9; IAAT fig. 4)."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    left.semilogx(STEPS, [100 * value for value in curve["steps"]], "o-")
-    left.set(xlabel=f"steps of PGD, eps {eps:.3g}", ylabel="accuracy (%)", ylim=(0, 100))
+    left.semilogx(STEPS, [100 * value for value in scene.curve["steps"]], "o-")
+    left.set(xlabel=f"steps of PGD, eps {scene.eps:.3g}", ylabel="accuracy (%)", ylim=(0, 100))
     for name, style in (("fgsm", "s--"), ("pgd-40", "o-")):
-        accuracy, loss = zip(*curve[name])
-        middle.plot(curve["radii"], [100 * value for value in accuracy], style, label=name.upper())
-        right.plot(curve["radii"], loss, style, label=name.upper())
-    middle.axvline(eps, color="grey", linewidth=0.8)
+        accuracy, loss = zip(*scene.curve[name])
+        middle.plot(scene.curve["radii"], [100 * value for value in accuracy], style, label=name.upper())
+        right.plot(scene.curve["radii"], loss, style, label=name.upper())
+    middle.axvline(scene.eps, color="grey", linewidth=0.8)
     middle.set(xlabel="eps (images in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="log")
     middle.legend(), right.legend()
-    figure.suptitle(f"{checkpoint['script']}, {checkpoint['model']} on {checkpoint['dataset']}, {curve['n']} images",
-                    fontsize=10)
+    who = "{script}, {model} on {dataset}".format(**scene.checkpoint)
+    figure.suptitle(f"{who}, {scene.curve['n']} images", fontsize=10)
     return figure
 
 
-def draw_surface(plt, model, test, checkpoint, curve, eps, seed):
+def draw_surface(plt, scene):
     """Loss around three images, along the gradient's sign and a random sign (SAT-Rx figs. 3, 4, 10)."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    common.seed_stream(seed, "surface")
-    x, y, _ = next(common.eval_batches(test, 3))
+    common.seed_stream(scene.seed, "surface")
+    model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 3))
     grid = torch.linspace(-2 * eps, 2 * eps, 41, device=x.device)
     ticks = grid.cpu().numpy()
     with common.model_mode(model, "eval"):
@@ -528,11 +537,11 @@ def draw_surface(plt, model, test, checkpoint, curve, eps, seed):
     return figure
 
 
-def draw_images(plt, model, test, checkpoint, curve, eps, seed):
+def draw_images(plt, scene):
     """Clean and PGD-40 images, their difference, the gradient of the loss (saliency figs. 4, 6; DRA fig. 3)."""
-    attack, = parse_attacks("pgd-40", checkpoint["dataset"], eps, seed=seed)
-    x, y, _ = next(common.eval_batches(test, 8))
-    common.seed_stream(seed, "images")
+    model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 8))
+    attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], eps)
+    common.seed_stream(scene.seed, "images")
     with common.model_mode(model, "eval"):
         x_adv = run_pgd(model, x, y, attack, y)
         gradient = common.input_gradient(model, x, y)[0]
@@ -551,9 +560,9 @@ def draw_images(plt, model, test, checkpoint, curve, eps, seed):
     return figure
 
 
-def draw_training(plt, model, test, checkpoint, curve, eps, seed):
+def draw_training(plt, scene):
     """The history's training terms and validation accuracies by epoch; None where there is no history."""
-    history = checkpoint["history"]
+    history = scene.checkpoint["history"]
     if not history:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -565,7 +574,46 @@ def draw_training(plt, model, test, checkpoint, curve, eps, seed):
                 ax.plot([row["epoch"] for row in history], [scale * v for v in values], label=name[len(prefix):])
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8) if ax.lines else ax.set_axis_off()
+    return figure
+
+
+def draw_eps(plt, scene):
+    """IAAT: histograms of the images' eps as training goes, its mean and three images' over epochs, and the training
+    images of the lowest and highest eps, clean and under PGD-40 at 2 eps (IAAT figs. 2, 5, 7, 8)."""
+    state, history = scene.checkpoint.get("method_state") or {}, scene.checkpoint["history"]
+    if not state.get("snapshots"):
+        return None
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    grid = figure.add_gridspec(6, 10)
+    left, right = figure.add_subplot(grid[:2, :5]), figure.add_subplot(grid[:2, 5:])
+    train = common.load_split(scene.checkpoint["dataset"], scene.data_dir, "train", scene.test.images.device)
+    memory = state["memory"].cpu()
+    used = (memory != scene.checkpoint["args"]["eps"]).nonzero()[:, 0]  # not those kept for validation
+    edges = np.linspace(255 * memory[used].min(), 255 * memory[used].max(), 40)
+    for epoch in list(state["snapshots"])[1::2]:
+        left.hist(255 * state["snapshots"][epoch][used].numpy(), edges, histtype="step", label=f"epoch {epoch}")
+    for name in (name for name in history[-1] if name == "eps/mean" or name.startswith("eps/image")):
+        right.plot([row["epoch"] for row in history], [row[name] for row in history], label=name[4:].replace("_", " "))
+    left.set(xlabel="eps (of 255)", ylabel="training images")
+    right.set(xlabel="epoch", ylabel="eps (of 255)")
+    left.legend(fontsize=7), right.legend(fontsize=7)
+    order = used[memory[used].argsort()]
+    attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], min(1.0, 2 * scene.eps))
+    common.seed_stream(scene.seed, "eps")
+    for line, (name, rows) in enumerate({"lowest": order[:10], "highest": order[-10:]}.items()):
+        x, y = common.to_float(train.images[rows]), train.labels[rows]
+        with common.model_mode(scene.model, "eval"):
+            x_adv = run_pgd(scene.model, x, y, attack, None)
+            wrong = logits_of(scene.model, x_adv).argmax(1)
+        for column in range(len(rows)):
+            for row, image in enumerate((x[column], x_adv[column])):
+                ax = figure.add_subplot(grid[2 + 2 * line + row, column], xticks=[], yticks=[])
+                ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+                radius = 255 * memory[rows[column]]
+                ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {radius:.1f}", fontsize=8)
+                if not column:
+                    ax.set_ylabel(f"PGD {attack.eps:.2g}" if row else f"{name} eps", fontsize=8)
     return figure
 
 
@@ -742,7 +790,7 @@ def print_more(args, model, test, checkpoint, eps, outcomes):
               f"{robustness:.4f} (eq. 6) of {len(test.labels)} images")
         numbers |= dict(alignment=alpha, binarised_alignment=binarised, linearised_robustness=robustness)
     if args.plots:
-        paths = plots(args.plots, model, test, checkpoint, curve, eps, args.seed)
+        paths = plots(args.plots, Scene(model, checkpoint, test, curve, eps, args.seed, args.data_dir))
         print("figures:", *paths)
     return numbers, paths
 

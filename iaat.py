@@ -143,7 +143,7 @@ def iaat_loss(model, x, y, memory, warm, args):
     right = predicts(model, x, y, args)
     loss = common.cross_entropy(model(torch.where(right[:, None, None, None], x_adv, x)), y).mean()
     passes = torch.as_tensor(attacks * (k + 1 / 3) + k + 1 / 3 + 1, device=x.device)
-    return dict(loss=loss, right=right.float().mean(), eps=255 * used.mean(), passes=passes), eps
+    return dict(loss=loss, right=right.float().mean(), passes=passes), eps
 
 
 def learning_rate(epoch, args):

@@ -56,7 +56,7 @@ def plain_algorithm_2(model, x, y, memory, args):
 
 
 def test_algorithm_2_against_a_plain_loop():
-    """Every branch, the smoothing and the bound at 0, on a network with BatchNorm and dropout in training mode outside."""
+    """Every branch, the smoothing, the bound at 0, on a network with BatchNorm and dropout that is in training mode."""
     model, x, y, memory, args = setting("--beta", "0.3")
     torch.manual_seed(5)
     ours, attacks = iaat.select_eps(model, x, y, memory, args)
@@ -111,7 +111,6 @@ def test_algorithm_1_against_a_plain_loop():
             total = total + F.cross_entropy(model(image), label) / len(x)
         torch.testing.assert_close(terms["loss"], total)
         assert terms["right"] == pytest.approx(right / len(x)) and 0.5 < right / len(x) < 1
-        assert terms["eps"] == pytest.approx(255 * eps.clamp(min=args.eps_min).mean().item())
 
 
 def test_line_search_against_a_plain_loop():
@@ -239,3 +238,19 @@ def test_launch_resume_evaluate(tmp_path, method):
         assert moved.max() < 1e-6
     run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.pt", "--attacks", "clean,pgd-3", "--limit", 50)
     assert [o["attack"] for o in json.loads((tmp_path / "cut.eval.json").read_text())] == ["clean", "pgd-3"]
+
+
+def test_the_eps_of_the_images_are_drawn(tmp_path):
+    """evaluate.py's figure from the memory in the checkpoint; none where there is no memory."""
+    words = [*SHORT, "--epochs", "8", "--warmup", "0", "--ckpt", tmp_path / "run.pt"]
+    run_main(iaat.main, "iaat.py", *words)
+    model, checkpoint = common.load_model(tmp_path / "run.pt")
+    assert list(checkpoint["method_state"]["snapshots"]) == list(range(1, 9))
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    test = evaluate.load_test("digits", "data", 20, "cpu")
+    scene = evaluate.Scene(model, checkpoint, test, {}, 0.1, 0, "data")
+    figure = evaluate.draw_eps(pyplot, scene)
+    assert len(figure.axes) == 2 + 40 and len(figure.axes[1].lines) == 4 and len(figure.axes[0].patches) == 4
+    assert evaluate.draw_eps(pyplot, scene._replace(checkpoint=dict(checkpoint, method_state=None))) is None
