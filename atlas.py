@@ -29,8 +29,8 @@ WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no 
     "cifar100": {"atlas": [(2e-4, 5.0), (1e-4, 10.0)], "trades": [(0.0, 2.0), (0.0, 4.0)], "jac": [(0.5, 0.0)] * 2,
                  "tradesjac": [(2e-4, 0.5)] * 2, "adv": [(0.0, 0.0)] * 2},
     "mnist": {"atlas": [(1e-5, 0.3), (5e-6, 0.2)], "trades": [(0.0, 1.0)] * 2, "jac": [(0.5, 0.0)] * 2,
-              "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},  # tradesjac: not printed, those of ATLAS
-}
+              "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},
+}  # not printed: tradesjac for several steps, and on MNIST, where it has one-step ATLAS's
 WEIGHTS["digits"] = WEIGHTS["mnist"]
 
 # Differences from the paper
@@ -38,8 +38,14 @@ WEIGHTS["digits"] = WEIGHTS["mnist"]
 #   package that the paper cites: an alpha of its authors may mean half of ours.
 # - Attacks see BatchNorm in eval mode (--attack-mode train: the other, as in the one-step ADV that the paper follows).
 # - PGD's step never exceeds the eps of the moment while eps grows.
-# - alpha and beta of every loss, not of ATLAS alone, grow with eps.
-# - The count of epochs without a gain starts when eps has reached its value, or the first cut could come before.
+# - eps grows from step to step. alpha and beta of every loss, not of ATLAS alone, grow with it; JAC, which has no eps,
+#   starts with its alpha.
+# - The count of epochs without a gain starts when eps has reached its value, or the first cut could come before; the
+#   best so far counts from the first epoch. Training ends after 100 epochs at the latest.
+# - TRADES with several steps starts from x plus a Gaussian of deviation 0.001, as its own authors' does.
+# - CIFAR images are cropped and flipped; MNIST has no weight decay: the paper says nothing of either.
+# - With BatchNorm in training mode the estimate of ||J||_F^2 counts the influence of other images of the batch, too.
+# - bfloat16 where the hardware has it, also for the validation attack that guides training; evaluate.py is in float32.
 
 
 def parse(argv=None):
@@ -51,7 +57,7 @@ def parse(argv=None):
          "ATLAS-l, with --alpha 0 ATLAS-g), ADV, TRADES, zero-step JAC or TradesJac (%(default)s)")
     flag("--steps", type=common.count, default=1, help="steps of the training attack; 1: FGSM of 1.25 eps from a "
          "random start, more: PGD (%(default)s)")
-    flag("--step-size", type=common.unit, help="PGD's step in [0, 1] units (the paper's)")
+    flag("--step-size", type=common.unit, help="PGD's step, in training and validation, in [0, 1] units (the paper's)")
     flag("--alpha", type=common.number(0), help="weight of the Jacobian term (the paper's for --loss and --steps)")
     flag("--beta", type=common.number(0), help="weight of the KL term (the paper's for --loss and --steps)")
     flag("--projections", type=common.count, default=1, help="random projections of the Jacobian (%(default)s)")
@@ -64,11 +70,15 @@ def parse(argv=None):
         raise common.UsageError("--val 0: validation guides the learning rate and ends training, it cannot be empty")
     alpha, beta = WEIGHTS[args.dataset][args.loss][args.steps > 1]
     if (args.alpha and not alpha) or (args.beta and not beta):
-        raise common.UsageError(f"--loss {args.loss} has no such term: {'--beta' if alpha else '--alpha'} must be 0")
-    return common.resolve(args, dict(PAPER[args.dataset], alpha=alpha, beta=beta))
+        wrong = "--alpha" if args.alpha and not alpha else "--beta"
+        raise common.UsageError(f"--loss {args.loss} has no such term: {wrong} must be 0")
+    if args.loss == "jac" and args.steps > 1:
+        raise common.UsageError("--loss jac has no adversary: --steps does not apply")
+    ramp = 0 if args.loss == "jac" else PAPER[args.dataset]["ramp"]
+    return common.resolve(args, dict(PAPER[args.dataset], ramp=ramp, alpha=alpha, beta=beta))
 
 
-def jacobian_norm(logits, x, projections=1):
+def jacobian_norm(logits, x, projections=1, differentiable=True):
     """Unbiased estimate of ||d logits / dx||_F^2 per sample, (N,), differentiable in the weights (appendix A.1).
 
     logits: (N, C), computed from x, (N, ...), which requires a gradient. C ||v^T d logits / dx||^2, v uniform on the
@@ -77,21 +87,22 @@ def jacobian_norm(logits, x, projections=1):
     total = 0
     for _ in range(projections):
         v = torch.nn.functional.normalize(torch.randn_like(logits), dim=1)
-        projected, = torch.autograd.grad((v * logits).sum(), x, create_graph=True)
+        projected, = torch.autograd.grad((v * logits).sum(), x, create_graph=differentiable, retain_graph=True)
         total = total + projected.flatten(1).square().sum(1)
     return logits.shape[1] * total / projections
 
 
 def adversary(model, x, y, eps, args):
-    """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a uniform start (appendix B)."""
+    """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a random start (appendix B)."""
     if args.loss == "jac" or eps == 0:
         return x
-    target, loss = y, common.cross_entropy
+    target, loss, start = y, common.cross_entropy, common.uniform_start
     if args.loss in ("trades", "tradesjac"):
-        with torch.no_grad(), common.model_mode(model, args.attack_mode):
-            target, loss = model(x), common.kl
+        with common.model_mode(model, args.attack_mode):  # not under no_grad: autocast would keep such weights
+            target, loss = model(x).detach(), common.kl
+        start = common.gaussian_start if args.steps > 1 else start
     step = 1.25 * eps if args.steps == 1 else min(args.step_size, eps)
-    return common.pgd(model, x, target, eps, step, args.steps, loss=loss, mode=args.attack_mode)
+    return common.pgd(model, x, target, eps, step, args.steps, start, loss=loss, mode=args.attack_mode)
 
 
 def atlas_loss(model, x, y, growth, args):
@@ -119,8 +130,9 @@ def atlas_loss(model, x, y, growth, args):
 
 
 def passes(args):
-    """Forward-backward passes of a batch per step; the Jacobian's backward and its differentiation are one each."""
-    attack = 0 if args.loss == "jac" else args.steps
+    """Forward-backward passes of a batch per step; a forward pass alone, TRADES's of the target, is a third; the
+    Jacobian's backward and its differentiation are one each."""
+    attack = 0 if args.loss == "jac" else args.steps + (args.loss in ("trades", "tradesjac")) / 3
     return attack + 1 + 2 * args.projections * bool(args.alpha) + bool(args.beta)
 
 
@@ -131,11 +143,9 @@ def guide(history, lr, ramp, plateau, patience):
     """
     best, waited, since = -1.0, 0, 0
     for row in history:
-        if row["epoch"] <= ramp:
-            continue
         gain = row["val/robust"] > best
         best = max(best, row["val/robust"])
-        waited, since = (0, 0) if gain else (waited + 1, since + 1)
+        waited, since = (0, 0) if gain or row["epoch"] <= ramp else (waited + 1, since + 1)
         if since == plateau:
             lr, since = lr / 5, 0
     return lr, waited >= patience
@@ -148,14 +158,15 @@ def validate(model, val, args, device, precision):
     norms = []
     with common.autocast(device, precision), common.model_mode(model, "eval"):
         clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
-        for x, y, _ in common.eval_batches(val, 500):
+        for x, y, _ in common.eval_batches(val, 100):
             x.requires_grad_(True)
-            norms.append(jacobian_norm(model(x), x).detach())
+            norms.append(jacobian_norm(model(x), x, differentiable=False))
     return {"val/clean": clean, "val/robust": robust, "val/jacobian": torch.cat(norms).mean().item()}
 
 
 def announce_overfitting(history):
-    """Catastrophic overfitting (appendix E): the Jacobian doubles while robust accuracy falls by 10 points."""
+    """Catastrophic overfitting (appendix E), by a rule of ours: from one epoch to the next the Jacobian's estimate at
+    clean images doubles while robust accuracy falls by 10 points."""
     if len(history) > 1:
         before, now = history[-2:]
         if now["val/robust"] < before["val/robust"] - 0.1 and now["val/jacobian"] > 2 * before["val/jacobian"]:
@@ -180,6 +191,7 @@ def main():
     for epoch in range(run.restore(model, optimizer), args.epochs):
         lr, finished = guide(run.history, args.lr, args.ramp, args.plateau, args.patience)
         if finished:
+            print(f"no gain for {args.patience} epochs: training ends")
             break
         started, meter = time.perf_counter(), common.Meter(epoch)
         for group in optimizer.param_groups:

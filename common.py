@@ -297,7 +297,7 @@ def train_batches(split, batch_size, seed, epoch, augment):
     """(x, y, index) over a shuffled split, with a progress bar; seeds torch for each step before drawing from it.
 
     `index` is each image's position in the whole training set. `augment`: how to pad before crop and flip, a mode of
-    torch's pad ("constant": by zeros), or "" for neither.
+    torch's pad ("constant": by zeros), "crop" for zeros and no flip, or "" for neither.
     """
     seed_stream(seed, "order", epoch)
     order = torch.randperm(len(split.labels)).to(split.labels.device)
@@ -308,13 +308,14 @@ def train_batches(split, batch_size, seed, epoch, augment):
 
 
 def crop_and_flip(x, mode="constant", pad=4):
-    """Random crop after padding, then a random horizontal flip, per image; (N, C, H, W) in and out."""
+    """Random crop after padding, then, but for mode "crop", a random horizontal flip, per image; (N, C, H, W)."""
     n, c, h, w = x.shape
     top, left = torch.randint(0, 2 * pad + 1, (2, n, 1, 1), device=x.device)
     columns = torch.arange(w, device=x.device).expand(n, 1, w)
-    columns = torch.where(torch.rand(n, 1, 1, device=x.device) < 0.5, columns.flip(2), columns)
+    flipped = torch.rand(n, 1, 1, device=x.device) < (0.0 if mode == "crop" else 0.5)
+    columns = torch.where(flipped, columns.flip(2), columns)
     rows = torch.arange(h, device=x.device)[None, :, None] + top
-    padded = F.pad(x, [pad] * 4, mode).permute(0, 2, 3, 1)
+    padded = F.pad(x, [pad] * 4, "constant" if mode == "crop" else mode).permute(0, 2, 3, 1)
     crop = padded[torch.arange(n, device=x.device)[:, None, None], rows, columns + left]  # (N, H, W, C)
     return crop.permute(0, 3, 1, 2)
 
@@ -571,6 +572,11 @@ def uniform_start(x, eps):
     return (x + eps * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
 
 
+def gaussian_start(x, eps):
+    """TRADES's random start: x plus a Gaussian of deviation 0.001, clipped to [0, 1] (Zhang et al. 2019)."""
+    return (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
+
+
 def fgsm(model, x, target, eps, **options):
     """x + eps sign(grad) (Goodfellow et al. 2015; SAT-Rx eq. 1)."""
     return linf_attack(model, x, target, eps, eps, 1, **options)
@@ -596,6 +602,30 @@ def pgd(model, x, target, eps, step, steps, start=uniform_start, **options):
 def mi_fgsm(model, x, target, eps, steps, mu=1.0, **options):
     """Iterative FGSM with momentum over L1-normalised gradients (Dong et al. 2018; SAT-Rx eqs. 9 to 11)."""
     return linf_attack(model, x, target, eps, eps / steps, steps, momentum=mu, **options)
+
+
+def dra(model, x, target, eps, steps, p, loss=cross_entropy, mode="eval"):
+    """The dynamically regulated adversary (DRA, algorithm 1): T steps of eps / T along the gradient divided by its mean
+    magnitude, then every value but the share p of largest gradient is put back; clipped to [0, 1].
+
+    x: (N, C, H, W) in [0, 1]; eps: the mean change per value before the filter, a number or (N,). No random start, no
+    projection; a gradient of zero moves nothing. Returns the perturbed images, detached.
+    """
+    x_adv, alpha = x.detach(), per_sample(eps, x) / steps
+    with model_mode(model, mode):
+        for _ in range(steps):
+            grad, _ = input_gradient(model, x_adv, target, loss)
+            x_adv = x_adv + alpha * grad / grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    salience = grad.abs().flatten(1)
+    kept = torch.zeros_like(salience, dtype=torch.bool)
+    kept.scatter_(1, salience.topk(round(p * salience.shape[1]), dim=1).indices, True)
+    return torch.where(kept.view_as(x), x_adv, x.detach()).clamp(0, 1)
+
+
+def pixel_scale(dataset):
+    """By what a radius in units of normalised images is multiplied to be in [0, 1] units: the mean deviation."""
+    std = DATASETS[dataset]["std"]
+    return sum(std) / len(std)
 
 
 def correct(model, split, batch_size=500, attack=None):
@@ -733,6 +763,20 @@ class Meter:
         return dict(zip(self.names, (self.total / self.n).tolist()))
 
 
+def default_path(script, dataset):
+    """Where a run is written without --ckpt."""
+    return f"runs/{script}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
+
+
+def refuse_existing(path, resume, overwrite):
+    """UsageError where a run at `path` would replace files that the flags do not give free."""
+    path, resume_path = Path(path), Path(path).with_suffix(".resume.pt")
+    exists = any(file.exists() for file in (path, resume_path, path.with_suffix(".jsonl")))
+    if exists and not overwrite and not (resume and resume_path.exists()):
+        go_on = "--resume goes on with it, " if resume_path.exists() else ""
+        raise UsageError(f"{path} exists, or its .jsonl: {go_on}--overwrite replaces it")
+
+
 class Run:
     """A training run on disk and in W&B: PATH.pt to use, PATH.resume.pt to go on from, PATH.jsonl, a line per epoch."""
 
@@ -740,18 +784,14 @@ class Run:
 
     def __init__(self, script, config, device):
         """script: its name; config: its resolved flags, plain values. UsageError where the path cannot be used."""
-        default = f"runs/{script}-{config['dataset']}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
-        self.script, self.config, self.path = script, config, Path(config["ckpt"] or default)
+        self.script, self.config = script, config
+        self.path = Path(config["ckpt"] or default_path(script, config["dataset"]))
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
         self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
         self.method_state = None  # what an interrupted run's method kept
         self.lock_path()
-        resumable = self.resume_path.exists()
-        exists = any(path.exists() for path in (self.path, self.resume_path, self.log_path))
-        if exists and not config["overwrite"] and not (config["resume"] and resumable):
-            go_on = "--resume goes on with it, " if resumable else ""
-            raise UsageError(f"{self.path} exists, or its .jsonl: {go_on}--overwrite replaces it")
-        self.state = load_file(self.resume_path) if config["resume"] and resumable else None
+        refuse_existing(self.path, config["resume"], config["overwrite"])
+        self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
         if self.state:
             self.adopt(self.state)
         for name, value in dict(config, ckpt=str(self.path)).items():

@@ -75,6 +75,9 @@ def parse(argv=None):
          "--protocol the data set's usual one)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
          "eps, and at least 1.25 eps / steps; with --protocol the paper's)")
+    flag("--normalized-eps", action="store_true", help="radii and steps are in units of images divided by the data "
+         "set's deviation, as the DRA paper's seem to be")
+    flag("--p", type=common.number(0, 1), default=1 / 3, help="share of the values that dra changes (1/3)")
     flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x "
          f"({QUICK_LOOK['start']}; with --protocol the paper's)")
     flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all "
@@ -122,6 +125,7 @@ class Attack(NamedTuple):
     restarts: int
     start: str | None
     seed: int
+    p: float | None = None  # of DRA: the share of values that it changes
 
 
 def run_pgd(model, x, y, a, labels, loss=common.cross_entropy):
@@ -216,6 +220,11 @@ def minimal_l2(model, x, y, a, labels):
     return torch.where(wrong[:, None, None, None], x_adv, x)
 
 
+def dra(model, x, y, a, labels):
+    """DRA (algorithm 1 of its paper); eps bounds the mean change before its filter, nothing bounds the largest."""
+    return common.dra(model, x, y, a.eps, a.steps, a.p)
+
+
 class Kind(NamedTuple):
     """A row of the table of attacks."""
     run: Callable  # (model, x, y, attack, labels) -> perturbed images; labels: y, or None to take every step
@@ -239,22 +248,24 @@ ATTACKS = {
     "multi": Kind(multi_targeted, restarts=True, step=True),
     "targeted": Kind(random_targeted, restarts=True, step=True),
     "rays": Kind(rays),
+    "dra": Kind(dra, norm="mean"),
     "aa": Kind(autoattack, steps=None),
     "deepfool": Kind(minimal_l2, steps=50, norm="l2"),
     "cw-l2": Kind(minimal_l2, steps=1000, norm="l2"),
     "corruptions": Kind(None, steps=None, norm="none"),
 }
 ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS (also un-, cw-), multi-STEPS, "
-                "targeted-STEPS, rays-QUERIES, aa, deepfool, cw-l2, corruptions; xRESTARTS may follow those that start "
-                "at random, :EPS any with a radius")
+                "targeted-STEPS, rays-QUERIES, aa, dra-STEPS, deepfool, cw-l2, corruptions; xRESTARTS may follow those "
+                "that start at random, :EPS any with a radius")
 
 
-def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0):
+def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0):
     """The attacks of a comma-separated list, each once; UsageError for a name that is none.
 
     IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,
     2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start;
-    step: a number, or "eps/steps". start: "ball" or "step", of PGD with cross-entropy and of pgd-cw alone.
+    step: a number, or "eps/steps". start: "ball" or "step", of PGD with cross-entropy and of pgd-cw alone. p: of DRA.
+    scale: what radii and steps are multiplied by; other than 1, the attack's name says "normalised".
     """
     attacks, facts = [], common.DATASETS[dataset]
     for name in dict.fromkeys(word.strip() for word in text.split(",") if text):
@@ -262,7 +273,7 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0):
         kind, steps, restarts, radius = next(filter(None, matches), re.match("()()()()", "")).groups()
         spec = ATTACKS.get(kind)
         if not spec or bool(steps) > (spec.steps is not None) or (spec.steps == 0 and not steps) or \
-                (restarts and not spec.restarts) or (radius and spec.norm != "linf"):
+                (restarts and not spec.restarts) or (radius and spec.norm not in ("linf", "mean")):
             raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}")
         if kind == "multi" and facts["classes"] > 20:
             raise common.UsageError(f"{name}: one attack for each of {facts['classes'] - 1} wrong classes is out of "
@@ -271,7 +282,7 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0):
             raise common.UsageError(f"corruptions: there is no corrupted copy of {dataset}")
         steps = int(steps) if steps else spec.steps
         try:
-            own = common.unit(radius) if radius else eps if spec.norm == "linf" else None
+            own = common.unit(radius) if radius else eps if spec.norm in ("linf", "mean") else None
         except Exception as error:
             raise common.UsageError(f"{name}: {error}")
         if spec.step:
@@ -279,8 +290,11 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0):
                 min(step, own) if step else max(facts["step"] * own / facts["eps"], 1.25 * own / steps)
         else:
             size = own / steps if kind in ("ifgsm", "mi-fgsm") else None
+        if scale != 1 and own:
+            name, own, size = f"{name} normalised", scale * own, scale * size if size else None
         attacks.append(Attack(name, kind, own, size, steps, int(restarts or 1), (
-            start if kind in ("pgd", "pgd-cw") else "ball") if spec.restarts else None, seed))
+            start if kind in ("pgd", "pgd-cw") else "ball") if spec.restarts else None, seed,
+            p if kind == "dra" else None))
     return attacks
 
 
@@ -345,7 +359,7 @@ def judge(model, x, y, x_adv, attack):
     linf, l2 = delta.abs().amax(1), delta.norm(dim=1)
     if not (x_adv.amin() >= 0 and x_adv.amax() <= 1):
         raise AssertionError(f"{attack.name} left [0, 1]")
-    if ATTACKS[attack.kind].norm != "l2" and not linf.max() <= (attack.eps or 0) + 1e-6:
+    if ATTACKS[attack.kind].norm in ("linf", "none") and not linf.max() <= (attack.eps or 0) + 1e-6:
         raise AssertionError(f"{attack.name} left its ball: {linf.max()} is above {attack.eps}")
     logits = logits_of(model, x_adv)
     return torch.stack([(logits.argmax(1) == y).float(), linf, l2, common.cross_entropy(logits, y)], 1)
@@ -491,7 +505,7 @@ def plots(directory, scene):
     import matplotlib.pyplot as plt
     Path(directory).mkdir(parents=True, exist_ok=True)
     paths = []
-    for draw in (draw_curves, draw_surface, draw_images, draw_training, draw_eps):
+    for draw in (draw_curves, draw_surface, draw_images, draw_dra, draw_training, draw_eps):
         if figure := draw(plt, scene):
             paths.append(Path(directory) / f"{draw.__name__[5:]}.png")
             common.write_beside(paths[-1], lambda file: figure.savefig(file, dpi=130, format="png"))
@@ -557,6 +571,19 @@ def draw_images(plt, scene):
             if row in ("clean", "adversarial"):
                 ax.set_title(f"{names[row != 'clean'][column]} (true {y[column]})", fontsize=8)
         line[0].set_ylabel(row)
+    return figure
+
+
+def draw_dra(plt, scene):
+    """Success of DRA-5 against the share p of values that it changes, at an eighth and a quarter of eps (fig. 4)."""
+    figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    shares = [0, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1]
+    for eps in (scene.eps / 8, scene.eps / 4):
+        attacks = [parse_attacks("dra-5", scene.checkpoint["dataset"], eps, p=p)[0] for p in shares]
+        right = [evaluate(scene.model, scene.test, attack, 250)[:, 0].mean() for attack in attacks]
+        ax.plot(shares, [100 * (1 - value) for value in right], "o-", label=f"DRA-5, eps {255 * eps:.3g}/255")
+    ax.set(xlabel="share p of the values changed", ylabel="misclassified (%)", ylim=(0, 100))
+    ax.legend()
     return figure
 
 
@@ -730,7 +757,8 @@ def plan(args, dataset, eps, device):
     if args.protocol and common.DATASETS[dataset]["classes"] > 20:
         chosen["attacks"] = re.sub(r",multi-\d+x\d+", "", chosen["attacks"])
         print(f"no multi-targeted attack: {dataset} has too many wrong classes")
-    budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed
+    scale = common.pixel_scale(dataset) if args.normalized_eps else 1.0
+    budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale
     todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
     todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
     few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
@@ -871,7 +899,7 @@ def main():
         outcome, facts = measure(model, checkpoint, attack, test, images, settings, args, record, notes)
         outcomes.append(outcome)
         print_outcome(outcome, header=len(outcomes) == 1)
-        if len(facts) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm != "l2":
+        if len(facts) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm in ("linf", "none"):
             flags.append((test.index.cpu().numpy(), facts[:, 0] == 1))
         if args.per_class and len(facts):
             each = (100 * facts[(test.labels == c).cpu().numpy(), 0].mean() for c in test.labels.unique())

@@ -93,11 +93,10 @@ def baseline_loss(model, x, y, args, sources=()):
     logits = model(x)
     ce = common.cross_entropy(logits, y).mean()
     if method == "trades":  # CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL
-        def near(x, eps):
-            return (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
         with torch.no_grad(), common.model_mode(model, args.attack_mode):
             reference = model(x)
-        x_adv = common.pgd(model, x, reference, eps, args.step_size, args.attack_steps, near, loss=common.kl, **options)
+        x_adv = common.pgd(model, x, reference, eps, args.step_size, args.attack_steps, common.gaussian_start,
+                           loss=common.kl, **options)
         reg = common.kl(model(x_adv), logits).mean()
         return dict(loss=ce + args.lam * reg, ce=ce, reg=reg)
     return dict(loss=ce)

@@ -164,6 +164,18 @@ def test_bfloat16_keeps_the_jacobian():
     assert cosine > 0.95 and 0.9 < ratio < 1.1
 
 
+@pytest.mark.parametrize("loss", ["atlas", "trades", "tradesjac"])
+def test_bfloat16_trains_every_weight(loss):
+    """Autocast keeps copies of the weights: one made for the attack's target must not cut the loss from the weights."""
+    torch.manual_seed(0)
+    model = common.build_model("wrn-10-1", "cifar10")
+    args = atlas.parse(["--loss", loss])
+    with common.autocast(torch.device("cpu"), "bfloat16"):
+        terms = atlas.atlas_loss(model.train(), torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,)), 1.0, args)
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
 def test_batchnorm_is_moved_by_training_forwards_alone():
     torch.manual_seed(0)
     model = plain(SmallNet())
@@ -176,7 +188,8 @@ def test_batchnorm_is_moved_by_training_forwards_alone():
 
 
 def test_the_schedule_is_reduce_on_plateau():
-    """Against torch's scheduler on random accuracies, counted from the end of the ramp; ten without a gain end it."""
+    """Against torch's scheduler on random accuracies, counted from the end of the ramp, where the best is that of all
+    epochs so far; ten without a gain end it."""
     for seed in range(20):
         torch.manual_seed(seed)
         values = (0.5 + 0.4 * torch.rand(40)).tolist()
@@ -187,9 +200,11 @@ def test_the_schedule_is_reduce_on_plateau():
         for epoch, value in enumerate(values, 1):
             history.append({"epoch": epoch, "val/robust": value})
             lr, finished = atlas.guide(history, 0.1, ramp=5, plateau=2, patience=10)
+            best, since = max(best, value), 0 if value > best or epoch <= 5 else since + 1
+            if epoch == 5:
+                theirs.best = best
             if epoch > 5:
                 theirs.step(value)
-                best, since = max(best, value), 0 if value > best else since + 1
             assert lr == pytest.approx(optimizer.param_groups[0]["lr"]) and finished == (since >= 10)
 
 
@@ -213,9 +228,10 @@ def test_paper_settings():
         assert (args.alpha, args.beta) == expected
     ours, theirs = atlas.parse(["--steps", "1", "--alpha", "2e-4", "--beta", "5"]), atlas.parse([])
     assert vars(ours) == vars(theirs)
+    assert atlas.parse(["--loss", "jac"]).ramp == 0 and ours.ramp == 15
     assert (ours.dataset, ours.model, ours.lr, ours.batch_size, ours.val) == ("cifar10", "wrn-28-8", 0.1, 64, 5000)
     for flags in (["--loss", "adv", "--alpha", "1"], ["--loss", "trades", "--alpha", "1"],
-                  ["--loss", "jac", "--beta", "1"], ["--val", "0"]):
+                  ["--loss", "jac", "--beta", "1"], ["--val", "0"], ["--loss", "jac", "--steps", "2"]):
         with pytest.raises(common.UsageError):
             atlas.parse(flags)
 
@@ -247,8 +263,8 @@ def test_launch_resume_evaluate(tmp_path, loss):
 
 
 def test_no_gain_ends_training(tmp_path, monkeypatch):
-    """With patience 1 and an accuracy that never rises, the second epoch after the ramp is the last."""
+    """With patience 1 and an accuracy that never rises, the first epoch after the ramp is the last."""
     monkeypatch.setattr(atlas, "validate", lambda *a: {"val/clean": 0.5, "val/robust": 0.5, "val/jacobian": 1.0})
     words = [*SHORT, "--loss", "adv", "--epochs", "9", "--patience", "1", "--ckpt", tmp_path / "run.pt"]
     run_main(atlas.main, "atlas.py", *words)
-    assert torch.load(tmp_path / "run.pt", weights_only=True)["last"]["epoch"] == 3
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["last"]["epoch"] == 2

@@ -385,5 +385,5 @@ def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
     assert out.count("verdict:") == 1 and "by class" in out and "linearised robustness" in out
     assert "worst case of these 3 at eps 0.1, sample by sample" in out
     paths = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert paths == ["curves.png", "images.png", "surface.png", "training.png"]
+    assert paths == ["curves.png", "dra.png", "images.png", "surface.png", "training.png"]
     assert all(image.imread(tmp_path / "figures" / name)[..., :3].std() > 0.05 for name in paths)
