@@ -12,9 +12,9 @@ off, unless told otherwise. Outcomes go to run.eval.json, per-sample facts to ru
 weights they belong to: nothing of an earlier network on the same path remains, and what was measured is not run again.
 """
 
-import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import re
@@ -103,7 +103,13 @@ def parse(argv=None):
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
     stem = Path(args.ckpt).parent / Path(args.ckpt).stem
     own = [Path(f"{stem}{end}").resolve() for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
-    for path in filter(None, (args.results, args.export, args.save_adv)):  # before an hour of attacks, not after it
+    if args.plots:
+        need("matplotlib", "--plots")
+        try:
+            Path(args.plots).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise common.UsageError(f"--plots {args.plots}: {error.strerror}")
+    for path in filter(None, (args.results, args.export, args.save_adv)):
         if Path(path).resolve() in own:
             raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt}: choose another name")
         if not Path(path).parent.is_dir():
@@ -198,8 +204,7 @@ def rays(model, x, y, a, labels):
 def autoattack(model, x, y, a, labels):
     """AutoAttack, standard version (Croce and Hein 2020), by the published package; with few classes it takes as many
     targets as there are, and below four it leaves out APGD-T, whose loss compares four logits."""
-    with missing("pyautoattack"):
-        from pyautoattack import AutoAttack
+    from pyautoattack import AutoAttack
     classes = logits_of(model, x[:1]).shape[1]
     adversary = AutoAttack(model, eps=a.eps, seed=a.seed, device=x.device)
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
@@ -210,8 +215,7 @@ def autoattack(model, x, y, a, labels):
 
 def minimal_l2(model, x, y, a, labels):
     """DeepFool or C&W in L2 by foolbox: the smallest perturbation found, x itself where none is."""
-    with missing("foolbox"):
-        from foolbox import PyTorchModel, attacks
+    from foolbox import PyTorchModel, attacks
     attack = attacks.L2DeepFoolAttack(steps=a.steps) if a.kind == "deepfool" else \
         attacks.L2CarliniWagnerAttack(steps=a.steps)
     x_adv = attack(PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=None)[0]
@@ -232,6 +236,7 @@ class Kind(NamedTuple):
     restarts: bool = False
     step: bool = False  # has a step size of its own, PGD's
     norm: str = "linf"
+    package: str = "torch"
 
 
 ATTACKS = {
@@ -249,9 +254,9 @@ ATTACKS = {
     "targeted": Kind(random_targeted, restarts=True, step=True),
     "rays": Kind(rays),
     "dra": Kind(dra, norm="mean"),
-    "aa": Kind(autoattack, steps=None),
-    "deepfool": Kind(minimal_l2, steps=50, norm="l2"),
-    "cw-l2": Kind(minimal_l2, steps=1000, norm="l2"),
+    "aa": Kind(autoattack, steps=None, package="pyautoattack"),
+    "deepfool": Kind(minimal_l2, steps=50, norm="l2", package="foolbox"),
+    "cw-l2": Kind(minimal_l2, steps=1000, norm="l2", package="foolbox"),
     "corruptions": Kind(None, steps=None, norm="none"),
 }
 ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS (also un-, cw-), multi-STEPS, "
@@ -275,6 +280,7 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, 
         if not spec or bool(steps) > (spec.steps is not None) or (spec.steps == 0 and not steps) or \
                 (restarts and not spec.restarts) or (radius and spec.norm not in ("linf", "mean")):
             raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}")
+        need(spec.package, name)
         if kind == "multi" and facts["classes"] > 20:
             raise common.UsageError(f"{name}: one attack for each of {facts['classes'] - 1} wrong classes is out of "
                                     "reach, un-STEPSxRESTARTS follows the strongest of them")
@@ -298,13 +304,10 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, 
     return attacks
 
 
-@contextlib.contextmanager
-def missing(package):
-    """Name the package that an import needs, in one line."""
-    try:
-        yield
-    except ImportError:
-        raise common.UsageError(f"this needs {package}: pip install {package}")
+def need(package, what):
+    """UsageError where a package is not installed: before an hour of attacks, not after it."""
+    if not importlib.util.find_spec(package):
+        raise common.UsageError(f"{what} needs {package}: pip install {package}")
 
 
 @torch.no_grad()
@@ -387,15 +390,21 @@ CORRUPTED = {"cifar10": ("CIFAR-10-C", "https://zenodo.org/records/2535967"),
              "cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552")}
 
 
-def corruptions(model, dataset, data_dir, test, batch_size):
-    """{type: accuracy over its five severities} of Hendrycks and Dietterich's corrupted images (2019), at the test
-    images of a Split; UsageError with their address where the arrays are not at hand."""
+def corruption_paths(dataset, data_dir):
+    """The files TYPE.npy of the corrupted test images; UsageError with their address where they are not at hand."""
     name, address = CORRUPTED[dataset]
-    folder, table = Path(data_dir) / name, {}
+    folder = Path(data_dir) / name
     paths = sorted(path for path in folder.glob("*.npy") if path.stem != "labels")
     if not paths:
         raise common.UsageError(f"{folder} holds no TYPE.npy: unpack the archive from {address} there")
-    for path in paths:
+    return paths
+
+
+def corruptions(model, dataset, data_dir, test, batch_size):
+    """{type: accuracy over its five severities} of Hendrycks and Dietterich's corrupted images (2019), at the test
+    images of a Split."""
+    table = {}
+    for path in corruption_paths(dataset, data_dir):
         arrays = np.load(path, mmap_mode="r")  # (severities * images, H, W, C)
         whole, rows, right = len(arrays) // 5, test.index.cpu().numpy(), []
         for severity in range(5):
@@ -499,11 +508,9 @@ class Scene(NamedTuple):
 
 def plots(directory, scene):
     """Write the figures as PNG files; returns their paths."""
-    with missing("matplotlib"):
-        import matplotlib
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    Path(directory).mkdir(parents=True, exist_ok=True)
     paths = []
     for draw in (draw_curves, draw_surface, draw_images, draw_dra, draw_training, draw_eps):
         if figure := draw(plt, scene):
@@ -761,6 +768,8 @@ def plan(args, dataset, eps, device):
     budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale
     todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
     todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
+    if any(attack.kind == "corruptions" for attack, _ in todo):
+        corruption_paths(dataset, args.data_dir)
     few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
     sizes = ([n for n in (chosen["limit"], few.get(attack.name)) if n] for attack, _ in todo)
     return [(attack, path, min(size, default=0)) for (attack, path), size in zip(todo, sizes)]

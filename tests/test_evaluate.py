@@ -387,3 +387,17 @@ def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
     paths = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert paths == ["curves.png", "dra.png", "images.png", "surface.png", "training.png"]
     assert all(image.imread(tmp_path / "figures" / name)[..., :3].std() > 0.05 for name in paths)
+
+
+def test_what_is_missing_is_said_before_the_first_attack(digits_run, tmp_path, monkeypatch):
+    """A package or a folder that only the last step needs."""
+    find = evaluate.importlib.util.find_spec
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    for absent, words, named in (
+            (["foolbox"], ["--attacks", "clean,deepfool"], "deepfool needs foolbox: pip install foolbox"),
+            (["pyautoattack"], ["--attacks", "clean,aa"], "aa needs pyautoattack"),
+            (["matplotlib"], ["--plots", tmp_path / "figures"], "--plots needs matplotlib"),
+            ([], ["--plots", digits_run / "figures"], "--plots .*: Not a directory")):
+        with pytest.raises(common.UsageError, match=named):
+            evaluate_main("--ckpt", digits_run, *words)
+    assert not list(tmp_path.glob("*.eval.*"))
