@@ -43,6 +43,41 @@ def train(tmp_path_factory):
     return get
 
 
+def run_interrupted(main, script, at, *words):
+    """Call a script's main() with --resume until it ends, Ctrl-C falling at the `at`-th epochs that it starts."""
+    real, started = common.train_batches, []
+
+    def interrupted(*args):
+        started.append(args)
+        if len(started) in at:
+            raise KeyboardInterrupt
+        return real(*args)
+    common.train_batches = interrupted
+    try:
+        for _ in at:
+            with pytest.raises(KeyboardInterrupt):
+                run_main(main, script, *words, "--resume")
+        run_main(main, script, *words, "--resume")
+    finally:
+        common.train_batches = real
+
+
+def check_slopes(model, terms, rel):
+    """Every named scalar of terms() against finite differences, along a random direction of the weights (float64)."""
+    for name in terms():
+        model.zero_grad()
+        terms()[name].backward()
+        torch.manual_seed(0)
+        direction = [torch.randn_like(p) for p in model.parameters()]
+        slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction) if p.grad is not None).item()
+        values = []
+        for h in (1e-6, -2e-6, 1e-6):
+            for p, d in zip(model.parameters(), direction):
+                p.data += h * d
+            values.append(terms()[name].item())
+        assert abs(slope) > 1e-6 and slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=rel), name
+
+
 class Linear(nn.Module):
     """Logits W x + b: every attack has a closed form. Keeps its weights as .weight (classes, pixels)."""
 

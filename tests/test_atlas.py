@@ -8,7 +8,7 @@ import torch
 import atlas
 import common
 import evaluate
-from conftest import SmallNet, plain, run_main
+from conftest import SmallNet, check_slopes, plain, run_interrupted, run_main
 
 SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--val-steps", "2", "--ramp", "1"]
 
@@ -80,18 +80,7 @@ def test_gradient_by_finite_differences(case):
     def terms():
         torch.manual_seed(3)
         return atlas.atlas_loss(model, x.clone(), y, 1.0, args)
-    for name in terms():
-        model.zero_grad()
-        terms()[name].backward()
-        torch.manual_seed(0)
-        direction = [torch.randn_like(p) for p in model.parameters()]
-        slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction) if p.grad is not None).item()
-        values = []
-        for h in (1e-6, -2e-6, 1e-6):
-            for p, d in zip(model.parameters(), direction):
-                p.data += h * d
-            values.append(terms()[name].item())
-        assert abs(slope) > 1e-6 and slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+    check_slopes(model, terms, rel=1e-4)
 
 
 def test_adversary():
@@ -241,20 +230,7 @@ def test_launch_resume_evaluate(tmp_path, loss):
     """Two epochs in one go equal one, an interruption, and another; evaluate.py reads what is written."""
     words = [*SHORT, "--loss", loss, "--epochs", "2"]
     run_main(atlas.main, "atlas.py", *words, "--ckpt", tmp_path / "whole.pt")
-    real, calls = common.train_batches, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-    common.train_batches = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_main(atlas.main, "atlas.py", *words, "--ckpt", tmp_path / "cut.pt")
-    finally:
-        common.train_batches = real
-    run_main(atlas.main, "atlas.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
+    run_interrupted(atlas.main, "atlas.py", (2,), *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(v, cut["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
     assert {"val/clean", "val/robust", "val/jacobian", "cost/passes", "eps"} <= whole["history"][0].keys()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import common
 import dra_finetune
 import evaluate
-from conftest import Linear, SmallNet, plain, run_main
+from conftest import Linear, SmallNet, plain, run_interrupted, run_main
 
 SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--val", "100", "--attack-steps", "3"]
 
@@ -172,22 +172,9 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
     from which --init starts the second."""
     words = [*SHORT, *flags, "--epochs", "3", "--pretrain-epochs", "2", "--clean-epochs", "0"]
     run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "whole.pt")
-    real, calls = common.train_batches, []
     two = "--strategy" not in flags
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) in ((2, 5) if two else (2,)):
-            raise KeyboardInterrupt
-        return real(*args)
-    common.train_batches = interrupted
-    try:
-        for _ in range(2 if two else 1):
-            with pytest.raises(KeyboardInterrupt):
-                run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
-    finally:
-        common.train_batches = real
-    run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
+    at = (2, 5) if two else (2,)
+    run_interrupted(dra_finetune.main, "dra_finetune.py", at, *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(v, cut["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
     assert whole["method_state"]["lam"] == cut["method_state"]["lam"]

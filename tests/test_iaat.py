@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import common
 import evaluate
 import iaat
-from conftest import SmallNet, plain, run_main
+from conftest import SmallNet, plain, run_interrupted, run_main
 
 SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--attack-steps", "3"]
 
@@ -207,20 +207,7 @@ def test_launch_resume_evaluate(tmp_path, method):
     most beta gamma an epoch after the warm-up; evaluate.py reads what is written."""
     words = [*SHORT, "--method", method, "--epochs", "3", "--warmup", "1", "--val", "50"]
     run_main(iaat.main, "iaat.py", *words, "--ckpt", tmp_path / "whole.pt")
-    real, calls = common.train_batches, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-    common.train_batches = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_main(iaat.main, "iaat.py", *words, "--ckpt", tmp_path / "cut.pt")
-    finally:
-        common.train_batches = real
-    run_main(iaat.main, "iaat.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
+    run_interrupted(iaat.main, "iaat.py", (3,), *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(v, cut["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
     memory = whole["method_state"]["memory"]

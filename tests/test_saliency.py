@@ -9,7 +9,7 @@ from torch import nn
 import common
 import evaluate
 import teacher_saliency as saliency
-from conftest import plain, run_main
+from conftest import check_slopes, plain, run_interrupted, run_main
 
 SHORT = ["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--val", "40", "--align-epochs", "2", "--ks",
          "80,50", "--k-epochs", "1", "--teacher-epochs", "2", "--attack-steps", "2", "--lr", "0.01"]
@@ -74,18 +74,7 @@ def test_gradient_by_finite_differences(kind):
 
     def terms():
         return saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)[0]
-    for name in terms():
-        model.zero_grad()
-        terms()[name].backward()
-        torch.manual_seed(0)
-        direction = [torch.randn_like(p) for p in model.parameters()]
-        slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction) if p.grad is not None).item()
-        values = []
-        for h in (1e-6, -2e-6, 1e-6):
-            for p, d in zip(model.parameters(), direction):
-                p.data += h * d
-            values.append(terms()[name].item())
-        assert abs(slope) > 1e-7 and slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-3)
+    check_slopes(model, terms, rel=1e-3)
 
 
 def test_discriminators_loss():
@@ -198,21 +187,7 @@ def test_launch_resume_evaluate(tmp_path, flags):
     """All stages in one go equal interruptions in the teacher's, in phase 1 and phase 2; every k has a checkpoint."""
     words = [*SHORT, *flags]
     run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "whole.pt")
-    real, calls = common.train_batches, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) in (2, 4, 7):
-            raise KeyboardInterrupt
-        return real(*args)
-    common.train_batches = interrupted
-    try:
-        for _ in range(3):
-            with pytest.raises(KeyboardInterrupt):
-                run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
-    finally:
-        common.train_batches = real
-    run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
+    run_interrupted(saliency.main, "teacher_saliency.py", (2, 4, 7), *words, "--ckpt", tmp_path / "cut.pt")
     for name in ("pt", "teacher.pt", "k100.pt", "k80.pt", "k50.pt"):
         whole, cut = (torch.load(tmp_path / f"{run}.{name}", weights_only=True) for run in ("whole", "cut"))
         for which in ("best", "last"):

@@ -6,7 +6,7 @@ import torch
 import common
 import evaluate
 import sat_rx
-from conftest import plain
+from conftest import check_slopes, plain
 
 
 def small(method, *flags, seed=0):
@@ -98,21 +98,7 @@ def test_gradient_by_finite_differences(case):
     def loss():
         torch.manual_seed(5)
         return loss_of(model, x, y, args)
-    for term in loss():
-        model.zero_grad()
-        loss()[term].backward()
-        torch.manual_seed(0)
-        direction = [torch.randn_like(p) for p in model.parameters()]
-        slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction))
-        values = []
-        for h in (1e-6, -2e-6):
-            for p, d in zip(model.parameters(), direction):
-                p.data += h * d
-            values.append(loss()[term].item())
-        for p, d in zip(model.parameters(), direction):
-            p.data += 1e-6 * d
-        assert slope.abs() > 1e-6
-        assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+    check_slopes(model, loss, rel=1e-4)
 
 
 def test_degenerate_settings():
