@@ -325,9 +325,9 @@ def crop_and_flip(x, mode="constant", pad=4):
 class Classifier(nn.Module):
     """A backbone as attacks and losses see it: takes images in [0, 1], normalises inside, returns float32 logits."""
 
-    def __init__(self, net, normalize, mean, std):
+    def __init__(self, net, normalize, mean, std, contiguous=False):
         super().__init__()
-        self.net, self.normalize = net, normalize
+        self.net, self.normalize, self.contiguous = net, normalize, contiguous
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -337,7 +337,7 @@ class Classifier(nn.Module):
         elif self.normalize == "image":  # the deviation has the usual floor: a constant image maps to zero
             std = x.flatten(1).std(1, correction=0).clamp(min=x[0].numel() ** -0.5)
             x = (x - x.mean((1, 2, 3), keepdim=True)) / std.view(-1, 1, 1, 1)
-        logits = self.net(x)
+        logits = self.net(x.contiguous() if self.contiguous else x)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
@@ -370,6 +370,8 @@ def build_model(name, dataset, normalize="none", device="cpu"):
         net = torchvision_net(name, channels, height, facts["classes"])
     else:
         raise UsageError(f"unknown model {name!r}: choose {BACKBONES}")
+    if ".py:" in name:  # may use view(), which needs the usual order in memory
+        return Classifier(net, normalize, facts["mean"], facts["std"], contiguous=True).to(device)
     model = Classifier(net, normalize, facts["mean"], facts["std"])
     return model.to(device, memory_format=torch.channels_last)
 
@@ -692,15 +694,17 @@ def load_checkpoint(path):
 def load_init(model, path):
     """Load the last weights of a checkpoint (the best, where it holds no others) into a model."""
     checkpoint = load_checkpoint(path)
+    if checkpoint["normalize"] != model.normalize:
+        raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, this one {model.normalize}")
     load_weights(model, (checkpoint["last"] or checkpoint["best"])["state_dict"], path)
 
 
 def load_weights(model, state_dict, path):
     """Strictly load a backbone's state_dict, also one saved through DDP or torch.compile; UsageError if it differs."""
-    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state_dict.items()}
+    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state_dict.items()}
     try:
         model.net.load_state_dict(state_dict)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise UsageError(f"{path}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})")
 
 
@@ -768,13 +772,18 @@ def default_path(script, dataset):
     return f"runs/{script}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
 
 
-def refuse_existing(path, resume, overwrite):
-    """UsageError where a run at `path` would replace files that the flags do not give free."""
+def claim(path, resume, overwrite):
+    """UsageError where a run at `path` has no valid name, or would replace files that the flags do not give free.
+    --overwrite takes the resume file away at once: were the new run interrupted, --resume must not revive the old."""
     path, resume_path = Path(path), Path(path).with_suffix(".resume.pt")
+    if path.suffix != ".pt":
+        raise UsageError(f"--ckpt {path}: the name must end in .pt")
     exists = any(file.exists() for file in (path, resume_path, path.with_suffix(".jsonl")))
     if exists and not overwrite and not (resume and resume_path.exists()):
         go_on = "--resume goes on with it, " if resume_path.exists() else ""
         raise UsageError(f"{path} exists, or its .jsonl: {go_on}--overwrite replaces it")
+    if overwrite:
+        resume_path.unlink(missing_ok=True)
 
 
 class Run:
@@ -790,7 +799,7 @@ class Run:
         self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
         self.method_state = None  # what an interrupted run's method kept
         self.lock_path()
-        refuse_existing(self.path, config["resume"], config["overwrite"])
+        claim(self.path, config["resume"], config["overwrite"])
         self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
         if self.state:
             self.adopt(self.state)
@@ -849,8 +858,6 @@ class Run:
         if not all(value.isfinite().all() for value in state.values()):
             raise UsageError(f"weights are no longer finite after epoch {row['epoch']}: the run ends, what was saved "
                              "before is kept (a lower --lr?)")
-        if row["epoch"] == 1:  # an overwritten run's resume file must not outlive its run.pt
-            self.resume_path.unlink(missing_ok=True)
         last = dict(epoch=row["epoch"], state_dict=state)
         if metric is None or self.best is None or metric > self.best["metric"]:
             self.best = dict(last, metric=metric)

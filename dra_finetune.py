@@ -191,7 +191,7 @@ def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
     args.ckpt = args.ckpt or common.default_path("dra_finetune", args.dataset)
-    common.refuse_existing(args.ckpt, args.resume, args.overwrite)
+    common.claim(args.ckpt, args.resume, args.overwrite)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
 
     common.seed_stream(args.seed, "init")

@@ -36,13 +36,18 @@ PAPER = {"cifar10": CIFAR10, "cifar100": dict(CIFAR10, gamma2=15.0), "mnist": MN
 # Differences from the paper, and what it leaves open
 # - --score: section 4 writes the true class's logit, its family of codes differentiates the probability.
 # - --curriculum-sign: literally eq. 18 asks grad CE to equal the teacher's map, which points the other way: with the
-#   probability score grad CE is minus the saliency divided by the probability. negated does what the text describes.
+#   probability score grad CE is, per sample, minus the saliency divided by the probability. negated does what the text
+#   describes.
 # - --ldiff-scale: image sums over an image and averages over the batch, with images in [0, 1]; family sums over the
 #   batch too, with images in [0, 255].
 # - The student minimises eqs. 11 and 17 as printed, log(1 - D); the maps of student and teacher pass the discriminators
 #   as one batch, as in the authors' family of codes, which also update them every 5 steps.
 # - BatchNorm is in eval mode for the teacher's maps and at evaluation; the family's code evaluates in train mode.
-# - The best epoch by PGD-20 on held-out images is kept; the network after every k lies beside it (run.k90.pt ...).
+# - The best epoch by PGD-20 on held-out images is kept; the network after phase 1 and after every k lies beside it
+#   (run.align.pt, run.k90.pt ...).
+# - The discriminators' loss averages over the maps of both networks: half of eqs. 14 and 19, the sum of two means.
+# - With BatchNorm in training mode a map counts the influence of the other images of the batch, too.
+# - TinyImageNet (table 10) is not here yet.
 # - A teacher of another data set gets a new last layer, trained on clean images with the rest frozen.
 # - WRN-32-10 has five blocks per group, as in the family's codes.
 
@@ -80,6 +85,8 @@ def parse(argv=None):
         ks = [common.number(1, 100, kind=int)(k) for k in args.ks.split(",")]
     except argparse.ArgumentTypeError as error:
         raise common.UsageError(f"--ks {args.ks}: {error}")
+    if len(set(ks)) < len(ks) or args.align_delay > args.align_epochs:
+        raise common.UsageError("--ks names a percentage twice, or --align-delay goes beyond --align-epochs")
     args.epochs = args.align_epochs + len(ks) * args.k_epochs
     return args
 
@@ -127,29 +134,23 @@ def saliency_loss(model, teacher, discriminators, x, y, k, args):
     # Eq. 8:  J_T^TCI, without a graph
     j_t = common.input_gradient(teacher, x, y, loss=lambda logits, y: score(logits, y, args.score))[0]
 
-    # Eqs. 9, 15:  J_S^TCI = grad Psi_y, J_S^CE = grad CE; with Psi = p they are one pass, since grad p = -p grad CE
     x = x.detach().requires_grad_(True)
     logits = model(x)
     ce = common.cross_entropy(logits, y)
-    if args.score == "prob":
-        j_ce, = torch.autograd.grad(ce.sum(), x, create_graph=True)
-        j_s = -score(logits, y, "prob").view(-1, 1, 1, 1) * j_ce
-    else:
-        j_s, = torch.autograd.grad(score(logits, y, "logit").sum(), x, create_graph=True)
-        j_ce = torch.autograd.grad(ce.sum(), x, create_graph=True)[0] if k else None
-
-    # Eqs. 11, 12:  L_robust = log(1 - f_disc(J_S^TCI)), the student's part;  L_diff = ||J_S^TCI - J_T^TCI||^2
-    aligning = not (k and args.drop_alignment)
-    gamma, terms, pairs = args.gamma2 if k else args.gamma, dict(ce=ce.mean()), []
+    gamma, terms, pairs = args.gamma2 if k else args.gamma, dict(ce=ce.mean()), [None]
     loss = terms["ce"]
-    if aligning:
+
+    # Eqs. 9, 11, 12:  J_S^TCI = grad Psi_y;  L_robust = log(1 - f_disc(J_S^TCI)), the student's part;
+    # L_diff = ||J_S^TCI - J_T^TCI||^2
+    if not (k and args.drop_alignment):
+        j_s, = torch.autograd.grad(score(logits, y, args.score).sum(), x, create_graph=True)
         terms["robust"] = F.logsigmoid(-discriminators[0](torch.cat([j_s, j_t]))[:len(x)]).mean()
         terms["diff"] = squared_distance(j_s, j_t, args)
-        loss = loss + args.beta * terms["robust"] + gamma * terms["diff"]
-    pairs.append((j_s.detach(), j_t) if aligning else None)
+        loss, pairs = loss + args.beta * terms["robust"] + gamma * terms["diff"], [(j_s.detach(), j_t)]
 
-    # Eqs. 17, 18:  the same with +-J_S^CE and J_T,k^TCI
+    # Eqs. 15, 17, 18:  the same with +-J_S^CE = +-grad CE and J_T,k^TCI
     if k:
+        j_ce, = torch.autograd.grad(ce.sum(), x, create_graph=True)
         j_tk, j_curr = top_k(j_t, k), j_ce if args.curriculum_sign == "literal" else -j_ce
         terms["curr_robust"] = F.logsigmoid(-discriminators[1](torch.cat([j_curr, j_tk]))[:len(x)]).mean()
         terms["curr_diff"] = squared_distance(j_curr, j_tk, args)
@@ -181,7 +182,7 @@ def phase(epoch, args):
 def passes(k, args):
     """Forward-backward passes of a batch per step: the teacher's map, the update, two for every map of the student that
     is differentiated; the discriminators are small."""
-    return 2 + 2 * (2 if k and args.score == "logit" else 1)
+    return 2 + 2 * ((not (k and args.drop_alignment)) + bool(k))
 
 
 def validate(model, val, args, device, precision):
@@ -193,9 +194,11 @@ def validate(model, val, args, device, precision):
     return {"val/clean": clean, "val/robust": robust}
 
 
-def train_teacher(args, model, train, val, device, precision):
-    """PGD training of all weights, or of the last layer on clean images where the teacher comes from elsewhere."""
-    own = dict(epochs=args.teacher_epochs, ckpt=str(Path(args.ckpt).with_suffix(".teacher.pt")))
+def train_teacher(args, name, model, train, val, device, precision):
+    """PGD training of all weights, or of the last layer on clean images where the teacher comes from elsewhere; name:
+    its backbone."""
+    own = dict(epochs=args.teacher_epochs, ckpt=str(Path(args.ckpt).with_suffix(".teacher.pt")), model=name,
+               normalize=model.normalize)
     run = common.Run("teacher_saliency", dict(vars(args), precision=precision, **own), device)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -228,16 +231,17 @@ def get_teacher(args, train, val, device, precision):
     common.seed_stream(args.seed, "teacher")
     if args.teacher:
         given, checkpoint = common.load_model(args.teacher, "best", device)
+        name = checkpoint["model"]
         if checkpoint["dataset"] == args.dataset:
             return given.requires_grad_(False)
-        teacher = common.build_model(checkpoint["model"], args.dataset, checkpoint["normalize"], device)
+        teacher = common.build_model(name, args.dataset, checkpoint["normalize"], device)
         head = [name for name, module in teacher.net.named_modules() if isinstance(module, nn.Linear)][-1]
         fresh = {name: value for name, value in teacher.net.state_dict().items() if name.startswith(f"{head}.")}
         common.load_weights(teacher, given.net.state_dict() | fresh, args.teacher)
         teacher.requires_grad_(False).net.get_submodule(head).requires_grad_(True)
     else:
-        teacher = common.build_model(args.model, args.dataset, args.normalize, device)
-    train_teacher(args, teacher, train, val, device, precision)
+        name, teacher = args.model, common.build_model(args.model, args.dataset, args.normalize, device)
+    train_teacher(args, name, teacher, train, val, device, precision)
     return teacher.eval().requires_grad_(False)
 
 
@@ -245,15 +249,15 @@ def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
     args.ckpt = args.ckpt or common.default_path("teacher_saliency", args.dataset)
-    common.refuse_existing(args.ckpt, args.resume, args.overwrite)
+    common.claim(args.ckpt, args.resume, args.overwrite)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
-    teacher = get_teacher(args, train, val, device, precision)
-    run = common.Run("teacher_saliency", dict(vars(args), precision=precision), device)
-
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
     if args.init:
         common.load_init(model, args.init)
+    teacher = get_teacher(args, train, val, device, precision)
+    run = common.Run("teacher_saliency", dict(vars(args), precision=precision), device)
+    common.seed_stream(args.seed, "discriminators")
     channels, pixels, _ = common.DATASETS[args.dataset]["shape"]
     discriminators = nn.ModuleList(Discriminator(channels, pixels) for _ in range(2)).to(device)
     groups = [dict(params=module.parameters()) for module in (model, *discriminators)]
@@ -305,7 +309,7 @@ def main():
         if epoch + 1 == args.epochs or phase(epoch + 1, args)[0] != k:  # the last epoch of this k
             checkpoint = common.load_checkpoint(run.path)
             checkpoint["best"] = dict(checkpoint["last"], metric=row.get("val/robust"))
-            path = run.path.with_suffix(f".k{k or 100}.pt")
+            path = run.path.with_suffix(f".k{k}.pt" if k else ".align.pt")
             common.write_beside(path, lambda file: torch.save(checkpoint, file))
     run.close()
 

@@ -83,7 +83,7 @@ def test_rays_against_brute_force():
     count.queries, model.forward = 0, count
     broken = ~run("rays-400", model, x, y)
     assert not (broken & ~reachable).any() and (broken & reachable).sum() >= 0.9 * reachable.sum()
-    assert count.queries <= (400 + 11) * len(x) + len(x)
+    assert count.queries <= (400 + 11) * len(x) + 2 * len(x)
     weak = ~run("rays-3", model, x, y)
     assert weak.sum() < broken.sum() and asked.sum() == 0
 
@@ -338,7 +338,7 @@ def verdict(model, outcomes=(), curve=None):
     test = evaluate.load_test("digits", "data", 50, "cpu")
     curve = curve or evaluate.curves(model, test, "digits", 0.1, 100, 0)
     dead = evaluate.dead_gradients(model, test, 100)
-    tests = evaluate.sanity(curve, dead, 10, list(outcomes))
+    tests = evaluate.sanity(curve, dead, 10, 0.1, list(outcomes))
     return {finding.split(":")[0]: passed for passed, finding in tests}, curve
 
 
@@ -356,12 +356,13 @@ def test_sanity_finds_masked_gradients(train, monkeypatch):
     model.net.forward = lambda x: 1e5 * forward(x)
     assert not verdict(model, curve=curve)[0]["gradients live"]
     model.net.forward = forward
-    found = dict(kind="fgsm", attack="fgsm", eps=0.1, accuracy=0.9), \
-        dict(kind="fgsm", attack="fgsm@c", eps=0.1, accuracy=0.5, surrogate_sha256=""), \
-        dict(kind="rays", attack="rays-9", eps=0.1, accuracy=0.3)
+    found = dict(kind="fgsm", attack="fgsm", eps=0.1, n=900, accuracy=0.9), \
+        dict(kind="fgsm", attack="fgsm@c", eps=0.1, n=900, accuracy=0.5, surrogate_sha256=""), \
+        dict(kind="pgd", attack="pgd-9:0.2", eps=0.2, n=900, accuracy=0.1), \
+        dict(kind="rays", attack="rays-9", eps=0.1, n=900, accuracy=0.3)
     tests, _ = verdict(model, found, curve)
     assert not tests["white-box beats black-box"] and not tests["gradients beat labels alone"]
-    notes = dict(kind="aa", attack="aa", eps=0.1, accuracy=0.3, warnings=["points with zero gradient"])
+    notes = dict(kind="aa", attack="aa", eps=0.1, n=9, accuracy=0.3, warnings=["points with zero gradient"])
     assert verdict(model, [notes], curve)[0]["AutoAttack"] is False
 
 
@@ -401,3 +402,67 @@ def test_what_is_missing_is_said_before_the_first_attack(digits_run, tmp_path, m
         with pytest.raises(common.UsageError, match=named):
             evaluate_main("--ckpt", digits_run, *words)
     assert not list(tmp_path.glob("*.eval.*"))
+
+
+def test_a_record_belongs_to_one_way_of_using_the_weights(foreign, tmp_path):
+    """The same weights under another normalisation, another code or other test labels are measured anew; so is what
+    lost its facts; a network that uses view() works."""
+    folder, _ = foreign
+    shutil.copy(folder / "weights.pt", tmp_path / "w.pt")
+    (tmp_path / "net.py").write_text(NETWORK.replace("nn.Tanh", "nn.ReLU"))
+    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "digits", "--limit", 100, "--attacks", "clean,fgsm"]
+
+    def last():
+        return json.loads((tmp_path / "w.eval.json").read_text())[-1]["accuracy"]
+    seen = []
+    for more in (["--model", f"{folder}/net.py:make"], ["--model", f"{tmp_path}/net.py:make"],
+                 ["--model", f"{folder}/net.py:make", "--normalize", "image"]):
+        evaluate_main(*words, *more)
+        seen.append(last())
+    assert len(set(seen)) == 3 and len(json.loads((tmp_path / "w.eval.json").read_text())) == 6
+    (tmp_path / "w.eval.npz").unlink()
+    evaluate_main(*words, "--model", f"{folder}/net.py:make")
+    assert last() == seen[0]
+    (tmp_path / "view.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 10)\n"
+        "    def forward(self, x):\n        return self.fc(self.conv(x).view(-1, 4 * 26 * 26))\n")
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("view", tmp_path / "view.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.save(module.Net().state_dict(), tmp_path / "view.pt")
+    evaluate_main("--ckpt", tmp_path / "view.pt", *words[2:], "--model", f"{tmp_path}/view.py:Net")
+
+
+def test_an_interrupted_overwrite_leaves_no_half_outcome(digits_run, tmp_path):
+    """Facts saved half-way take the finished outcome of the same settings away; the next evaluation completes them."""
+    words = ["--ckpt", digits_run, "--attacks", "fgsm", "--limit", 60]
+    evaluate_main(*words)
+    outcome, = json.loads((tmp_path / "run.eval.json").read_text())
+    record = evaluate.Record(digits_run, [outcome["weights_sha256"]])
+    settings = {k: v for k, v in outcome.items() if k not in ("accuracy", "largest", "seconds", "warnings", "key")}
+    whole = record.find(settings)[1]
+    half = whole.copy()
+    half[30:] = np.nan
+    record.save(settings, half, 1.0)
+    assert json.loads((tmp_path / "run.eval.json").read_text()) == [] and record.find(settings)[0] is None
+    evaluate_main(*words)
+    assert json.loads((tmp_path / "run.eval.json").read_text())[0]["accuracy"] == outcome["accuracy"]
+
+
+def test_files_of_the_user_are_not_outputs(digits_run, tmp_path):
+    """Neither the checkpoint under any suffix, nor a surrogate, nor one file for two outputs."""
+    other = tmp_path / "k.pth"
+    shutil.copy(digits_run, other)
+    for words in (["--ckpt", other, "--results", other],
+                  ["--ckpt", digits_run, "--surrogate", other, "--export", other],
+                  ["--ckpt", digits_run, "--results", tmp_path / "x", "--save-adv", tmp_path / "x"]):
+        before = other.read_bytes()
+        with pytest.raises(common.UsageError, match="choose another name"):
+            evaluate_main(*words, "--overwrite", "--attacks", "clean")
+        assert other.read_bytes() == before
+    evaluate_main("--ckpt", other, "--attacks", "clean", "--limit", 20)
+    assert (tmp_path / "k.pth.eval.json").exists()
+    with pytest.raises(common.UsageError, match="--transfer needs --surrogate"):
+        evaluate_main("--ckpt", other, "--transfer", "fgsm")

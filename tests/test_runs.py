@@ -92,7 +92,8 @@ def test_accuracies_are_those_of_a_plain_loop(train, tmp_path):
     for batch_size in (360, 77):
         words = ["--attacks", "clean,fgsm", "--limit", 0, "--batch-size", batch_size, "--eps", "0.05"]
         evaluate_main("--ckpt", path, *words)
-    clean, attacked = json.loads((tmp_path / "run.eval.json").read_text())
+    clean, attacked, *other = json.loads((tmp_path / "run.eval.json").read_text())
+    assert [o["accuracy"] for o in other] == [clean["accuracy"], attacked["accuracy"]]
     flags = np.load(tmp_path / "run.eval.npz")
     model, _ = common.load_model(path)
     test = evaluate.load_test("digits", "data", None, "cpu")
@@ -245,7 +246,7 @@ def test_bad_input_is_named(line, named, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["magic", "pgd", "fgsm-3", "pgd-0", "clean,,fgsm", "ifgsm-3x2", "pgd-3x0", "PGD-3",
                                   "aa-5", "clean:0.1", "deepfool:0.1", "rays", "multi-3x0", "cw-l2x2"])
 def test_unknown_attacks_are_named(name):
-    with pytest.raises(common.UsageError, match="is no attack: choose from clean, fgsm"):
+    with pytest.raises(common.UsageError, match="is no attack: choose from clean, noise, fgsm"):
         evaluate.parse_attacks(name, "mnist", 0.3)
 
 
@@ -273,7 +274,7 @@ class Unsafe:
 @pytest.mark.parametrize("content, named", [
     (b"", "damaged"), (bytes(range(256)) * 20, "not a checkpoint"), ("truncated", "damaged"),
     (Unsafe(), "would run code"), (dict(state_dict={}), "not a checkpoint of a run"), (3, "not a checkpoint"),
-    ("format", "format 99"), ("file", "unknown model")])
+    ("format", "format 99"), ("file", "not run unasked")])
 def test_bad_checkpoints_are_refused(content, named, tmp_path):
     """Empty, random, truncated, needing code, foreign, of another format, naming a file to import."""
     good, bad = tmp_path / "run.pt", tmp_path / "bad.pt"

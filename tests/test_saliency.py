@@ -146,11 +146,11 @@ def test_schedule_and_settings():
     assert saliency.parse(["--dataset", "cifar100"]).gamma2 == 15
     one = saliency.parse(["--align-epochs", "0", "--ks", "50", "--k-epochs", "4"])
     assert [saliency.phase(epoch, one)[0] for epoch in range(one.epochs)] == [50] * 4
-    for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"]):
+    for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"]):
         with pytest.raises(common.UsageError):
             saliency.parse(flags)
     prob, logit = small("--score", "prob")[-1], small("--score", "logit")[-1]
-    assert [saliency.passes(k, a) for a in (prob, logit) for k in (None, 50)] == [4, 4, 4, 6]
+    assert [saliency.passes(k, a) for a in (prob, logit) for k in (None, 50)] == [4, 6, 4, 6]
 
 
 def test_alignment_can_be_dropped_in_phase_2():
@@ -188,7 +188,7 @@ def test_launch_resume_evaluate(tmp_path, flags):
     words = [*SHORT, *flags]
     run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "whole.pt")
     run_interrupted(saliency.main, "teacher_saliency.py", (2, 4, 7), *words, "--ckpt", tmp_path / "cut.pt")
-    for name in ("pt", "teacher.pt", "k100.pt", "k80.pt", "k50.pt"):
+    for name in ("pt", "teacher.pt", "align.pt", "k80.pt", "k50.pt"):
         whole, cut = (torch.load(tmp_path / f"{run}.{name}", weights_only=True) for run in ("whole", "cut"))
         for which in ("best", "last"):
             assert all(torch.equal(v, cut[which]["state_dict"][k]) for k, v in whole[which]["state_dict"].items()), name
