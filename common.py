@@ -606,14 +606,15 @@ def mi_fgsm(model, x, target, eps, steps, mu=1.0, **options):
     return linf_attack(model, x, target, eps, eps / steps, steps, momentum=mu, **options)
 
 
-def dra(model, x, target, eps, steps, p, loss=cross_entropy, mode="eval"):
+def dra(model, x, target, eps, steps, p, loss=cross_entropy, start=None, mode="eval"):
     """The dynamically regulated adversary (DRA, algorithm 1): T steps of eps / T along the gradient divided by its mean
     magnitude, then every value but the share p of largest gradient is put back; clipped to [0, 1].
 
-    x: (N, C, H, W) in [0, 1]; eps: the mean change per value before the filter, a number or (N,). No random start, no
-    projection; a gradient of zero moves nothing. Returns the perturbed images, detached.
+    x: (N, C, H, W) in [0, 1]; eps: the mean change per value before the filter, a number or (N,). start: function
+    (x, eps) -> first iterate, x itself by default. No projection; a gradient of zero moves nothing. Returns the
+    perturbed images, detached.
     """
-    x_adv, alpha = x.detach(), per_sample(eps, x) / steps
+    x_adv, alpha = x.detach() if start is None else start(x.detach(), eps), per_sample(eps, x) / steps
     with model_mode(model, mode):
         for _ in range(steps):
             grad, _ = input_gradient(model, x_adv, target, loss)
@@ -797,7 +798,7 @@ class Run:
         self.path = Path(config["ckpt"] or default_path(script, config["dataset"]))
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
         self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
-        self.method_state = None  # what an interrupted run's method kept
+        self.method_state, self.columns = None, None  # what an interrupted run's method kept; what was printed last
         self.lock_path()
         claim(self.path, config["resume"], config["overwrite"])
         self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
@@ -876,7 +877,8 @@ class Run:
         except Exception as error:
             print(f"W&B failed, logging to local files only: {error}")
             self.wandb = None
-        print_row(row, config["epochs"])
+        print_row(row, config["epochs"], header=row["epoch"] % 10 == 1 or list(row) != self.columns)
+        self.columns = list(row)
 
     def close(self):
         """End the W&B run and release the path."""
@@ -886,11 +888,11 @@ class Run:
         print(f"{self.path}: the best epoch is {self.best['epoch']}; python evaluate.py --ckpt {self.path}")
 
 
-def print_row(row, epochs):
-    """One aligned line for an epoch, every ten with a header that names each column by what follows the slash."""
+def print_row(row, epochs, header):
+    """One aligned line for an epoch, below a header, where asked for, of what follows the slash in each name."""
     names = [name.split("/")[-1] for name in row]
     cells = [f"{value}/{epochs}" if name == "epoch" else f"{value:.4g}" for name, value in row.items()]
-    for line in (names, cells) if row["epoch"] % 10 == 1 else (cells,):
+    for line in (names, cells) if header else (cells,):
         print(" ".join(f"{cell:>{max(8, len(name))}}" for name, cell in zip(names, line)), flush=True)
 
 

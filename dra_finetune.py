@@ -21,17 +21,18 @@ import torch
 
 import common
 
-# The paper's settings (section V.A). Of the first phase, learning rates, 1/lambda and the validation images the paper
-# prints nothing: ours. eps falls from eps to eps_end over the epochs but the last clean_epochs; p is the share of
-# values that DRA changes; pgd_eps is the radius at which PGD is as strong on a vanilla network (section V.C).
+# The paper's settings (section V.A). Of the first phase, learning rates and validation images the paper prints nothing:
+# ours. eps, DRA's mean change per value, falls to eps_end over the epochs but the last clean_epochs; p is the share of
+# values that DRA changes; 1/lambda is one of tables II and III, that of table V is not printed.
 CIFAR10 = dict(model="resnet50", normalize="none", epochs=60, batch_size=128, lr=0.01, weight_decay=2e-4, momentum=0.9,
-               val=5000, eps=2 / 255, eps_end=0.5 / 255, clean_epochs=10, p=1 / 3, attack_steps=5, pgd_eps=2.55 / 255,
-               pretrain_epochs=100, pretrain_lr=0.1, lam=0.05, dual_lr=0.1)
-MNIST = dict(CIFAR10, model="lenet+", epochs=50, eps=0.1, eps_end=0.1, clean_epochs=0, p=2 / 3, attack_steps=20,
-             pgd_eps=0.3, pretrain_epochs=20, pretrain_lr=0.05, lam=0.1)
-DIGITS = dict(MNIST, epochs=8, batch_size=32, val=237, eps=0.05, eps_end=0.05, attack_steps=10, pgd_eps=0.1,
-              pretrain_epochs=8)
+               val=5000, eps=2 / 255, p=1 / 3, attack_steps=5, pretrain_epochs=100, pretrain_lr=0.1, lam=0.05,
+               dual_lr=0.1)
+MNIST = dict(CIFAR10, model="lenet+", epochs=50, eps=0.1, p=2 / 3, attack_steps=20, pretrain_epochs=20,
+             pretrain_lr=0.05, lam=0.1)
+DIGITS = dict(MNIST, epochs=8, batch_size=32, val=237, eps=0.05, attack_steps=10, pretrain_epochs=8)
 PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS}
+FALLS = {"cifar10": (1 / 4, 1 / 6), "mnist": (1, 0), "digits": (1, 0)}  # eps at the end, share of clean epochs
+PGD_RATIO = {"cifar10": 2.55, "mnist": 3.0, "digits": 2.0}  # PGD's eps for DRA's: section V.C; MNIST, digits: ours
 STRATEGIES = {"finetune": "clean and adversarial updates in turn after a first phase on clean images",
               "madry": "adversarial images alone, from scratch", "trades": "TRADES, from scratch",
               "vanilla": "clean images alone: the first phase"}
@@ -45,7 +46,8 @@ STRATEGIES = {"finetune": "clean and adversarial updates in turn after a first p
 # - MNIST: random crops without flips, which make no sense for digits.
 # - lr falls as a cosine within each phase; PGD as an adversary steps by 2.5 eps / steps from a random start.
 # - --constraint dual solves eqs. 8 and 9 as printed, by ascent on lambda against the first phase's loss on the training
-#   images; the paper's own training replaces them by the alternation.
+#   images, measured in eval mode without crops; the paper's own training replaces them by the alternation.
+# - The strategies from scratch keep eps, and train with PGD unless told otherwise, as in tables I to III.
 
 
 def parse(argv=None):
@@ -55,12 +57,13 @@ def parse(argv=None):
     flag = parser.add_argument
     flag("--strategy", choices=list(STRATEGIES), default="finetune",
          help="; ".join(f"{name}: {what}" for name, what in STRATEGIES.items()) + " (%(default)s)")
-    flag("--adversary", choices=["dra", "pgd"], default="dra", help="of training (%(default)s)")
+    flag("--adversary", choices=["dra", "pgd"], help="of training (dra; for madry and trades pgd)")
     flag("--constraint", choices=["none", "dual"], default="none", help="dual: one update on the adversarial loss plus "
          "lambda times the excess of the clean loss, eqs. 8 and 9 (%(default)s)")
     flag("--p", type=common.number(0, 1), help="share of the values that DRA changes (the paper's)")
     flag("--eps-end", type=common.number(0, 1), help="where eps has fallen to (the paper's)")
-    flag("--pgd-eps", type=common.unit, help="eps of --adversary pgd, which falls alike (the paper's)")
+    flag("--pgd-eps", type=common.unit, help="eps of --adversary pgd, which falls alike, and of validation (eps times "
+         "the ratio at which a vanilla network falls to both alike)")
     flag("--normalized-eps", action="store_true", help="eps, eps-end and pgd-eps are in units of images divided by the "
          "data set's deviation")
     flag("--attack-steps", type=common.count, help="steps of the adversary (the paper's)")
@@ -71,9 +74,14 @@ def parse(argv=None):
     flag("--dual-lr", type=common.number(0), help="step of the ascent on lambda (ours)")
     args = parser.parse_args(argv)
     paper = PAPER[args.dataset]
+    end, clean = FALLS[args.dataset] if args.strategy == "finetune" else (1, 0)
     if args.strategy != "finetune":  # from scratch: the first phase's settings
-        paper = dict(paper, epochs=paper["pretrain_epochs"], lr=paper["pretrain_lr"], clean_epochs=0)
+        paper = dict(paper, epochs=paper["pretrain_epochs"], lr=paper["pretrain_lr"])
     common.resolve(args, paper)
+    scratch = args.strategy in ("madry", "trades")
+    common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs),
+                              pgd_eps=min(1.0, PGD_RATIO[args.dataset] * args.eps),
+                              adversary="pgd" if scratch else "dra"))
     if args.constraint == "dual" and args.strategy != "finetune":
         raise common.UsageError("--constraint dual belongs to --strategy finetune")
     if args.clean_epochs >= args.epochs:
@@ -83,6 +91,8 @@ def parse(argv=None):
 
 def eps_at(epoch, args):
     """The adversary's eps in an epoch, from 0, in [0, 1] units: linear from eps to eps_end, then 0 (section V.A)."""
+    if args.strategy == "vanilla":
+        return 0.0
     adversarial = args.epochs - args.clean_epochs
     start, end = args.eps, args.eps_end
     if args.adversary == "pgd":
@@ -92,12 +102,13 @@ def eps_at(epoch, args):
     return start + (end - start) * epoch / max(1, adversarial - 1) if epoch < adversarial else 0.0
 
 
-def adversary(model, x, target, eps, args, loss=common.cross_entropy):
+def adversary(model, x, target, eps, args, loss=common.cross_entropy, start=None):
     """The adversarial batch of the present network: DRA (algorithm 1), or PGD in the ball of radius eps."""
+    options = dict(loss=loss, mode=args.attack_mode)
     if args.adversary == "dra":
-        return common.dra(model, x, target, eps, args.attack_steps, args.p, loss=loss, mode=args.attack_mode)
-    step = 2.5 * eps / args.attack_steps
-    return common.pgd(model, x, target, eps, step, args.attack_steps, loss=loss, mode=args.attack_mode)
+        return common.dra(model, x, target, eps, args.attack_steps, args.p, start=start, **options)
+    start, step = start or common.uniform_start, 2.5 * eps / args.attack_steps
+    return common.pgd(model, x, target, eps, step, args.attack_steps, start, **options)
 
 
 def losses(model, x, y, eps, dual, args):
@@ -113,8 +124,7 @@ def losses(model, x, y, eps, dual, args):
         logits = model(x)
         with torch.no_grad(), common.model_mode(model, args.attack_mode):
             reference = model(x)
-        near = common.gaussian_start(x, eps)  # at x itself the KL is flat
-        x_adv = adversary(model, near, reference, eps, args, loss=common.kl)
+        x_adv = adversary(model, x, reference, eps, args, loss=common.kl, start=common.gaussian_start)
         ce, kl = common.cross_entropy(logits, y).mean(), common.kl(model(x_adv), logits).mean()
         yield dict(loss=ce + args.lam * kl, ce_clean=ce, kl=kl)
 
@@ -148,16 +158,19 @@ def train_phase(args, model, train, val, device, precision):
     first = run.restore(model, optimizer)
     state = run.method_state
     if state is None:  # what the first phase has left
-        state = dict(lam=torch.tensor(1.0), std=clean_loss(model, train) if args.constraint == "dual" else 0.0,
-                     before=common.correct(model, val).float().mean().item() if args.val else 0.0)
+        with common.autocast(device, precision):  # as in the epochs to come
+            state = dict(lam=torch.tensor(1.0), std=clean_loss(model, train) if args.constraint == "dual" else 0.0,
+                         before=common.correct(model, val).float().mean().item() if args.val else 0.0)
     dual = dict(lam=state["lam"].to(device), std=state["std"])
     augment = common.DATASETS[args.dataset]["augment"] or ("crop" if args.dataset == "mnist" else "")
+    offset = args.pretrain_epochs if args.strategy == "finetune" else 0  # no phase repeats the other's order and crops
+    radius = args.pgd_eps * (common.pixel_scale(args.dataset) if args.normalized_eps else 1)
     for epoch in range(first, args.epochs):
         started, meter, eps = time.perf_counter(), common.Meter(epoch), eps_at(epoch, args)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
         model.train()
-        for x, y, _ in common.train_batches(train, args.batch_size, args.seed, epoch, augment):
+        for x, y, _ in common.train_batches(train, args.batch_size, args.seed, offset + epoch, augment):
             updates = losses(model, x, y, eps, dual, args)
             while True:
                 with common.autocast(device, precision):  # anew for each update: it keeps copies of the weights
@@ -175,11 +188,12 @@ def train_phase(args, model, train, val, device, precision):
         row["seconds"] = time.perf_counter() - started
         if args.val:
             def attack(x, y):
-                return common.pgd(model, x, y, args.pgd_eps, args.pgd_eps / 4, 10)
-            common.seed_stream(args.seed, "validation", epoch)
+                return common.pgd(model, x, y, radius, radius / 4, 10)
+            common.seed_stream(args.seed, "validation", offset + epoch)
             with common.autocast(device, precision):
                 clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
-            row |= {"val/clean": clean, "val/lost": state["before"] - clean, "val/robust": robust}
+            lost = {"val/lost": state["before"] - clean} if args.strategy == "finetune" else {}
+            row |= {"val/clean": clean, **lost, "val/robust": robust}
         run.finish_epoch(model, optimizer, row, method_state=dict(state, lam=dual["lam"].detach().cpu()))
     run.close()
     if args.val and args.strategy == "finetune":

@@ -22,7 +22,7 @@ import common
 CIFAR = dict(model="resnet18", normalize="dataset", epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, momentum=0.9,
              val=0, eps=8 / 255, gamma=1.9 / 255, beta=0.1, warmup=5, attack_steps=10, step_size=2 / 255, eps_min=0.0)
 MNIST = dict(CIFAR, model="lenet+", normalize="none", epochs=30, lr=0.02, eps=0.3, gamma=0.07, attack_steps=20,
-             step_size=0.01)
+             step_size=0.03)
 DIGITS = dict(MNIST, epochs=20, batch_size=32, lr=0.05, eps=0.1, gamma=0.024, warmup=3, attack_steps=10, step_size=0.02)
 PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS}
 MODEL = {"wrn-32-10": dict(epochs=110, weight_decay=5e-4, warmup=10)}
@@ -61,7 +61,12 @@ def parse(argv=None):
     flag("--step-size", type=common.unit, help="smallest step of PGD, in [0, 1] units (the paper's)")
     args = parser.parse_args(argv)
     model = args.model or PAPER[args.dataset]["model"]
-    return common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
+    common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
+    if args.method in ("iaat", "line-search") and args.warmup >= args.epochs:
+        raise common.UsageError(f"--warmup {args.warmup} leaves none of {args.epochs} epochs for an eps of their own")
+    if args.method == "line-search" and args.gamma > 4 * args.eps:
+        raise common.UsageError(f"--gamma {args.gamma:g}: the grid ends at 4 eps, {4 * args.eps:g}")
+    return args
 
 
 def adaptive_pgd(model, x, y, eps, noise, args):
@@ -91,11 +96,11 @@ def holds(model, x, y, eps, asked, args):
 def select_eps(model, x, y, memory, args):
     """Algorithm 2 for a batch: (new eps (N,), how often the batch was attacked). memory: eps^mem[j - 1, i], (N,)."""
     everyone = torch.ones_like(y, dtype=torch.bool)
-    eps_1, eps_2, eps_3 = memory + args.gamma, memory, (memory - args.gamma).clamp(min=0)  # lines 1 to 3
+    eps_1, eps_2, eps_3 = memory + args.gamma, memory, memory - args.gamma  # lines 1 to 3
     first = holds(model, x, y, eps_1, everyone, args)  # line 4
     second = holds(model, x, y, eps_2, ~first, args)  # line 6
     eps = torch.where(first, eps_1, torch.where(second, eps_2, eps_3))  # lines 5 to 10
-    eps = (1 - args.beta) * memory + args.beta * eps  # line 11
+    eps = ((1 - args.beta) * memory + args.beta * eps).clamp(min=0)  # line 11
     return eps, 1 + ((~first).float().mean() if args.attack_mode == "eval" else 1)
 
 
@@ -149,7 +154,7 @@ def iaat_loss(model, x, y, memory, warm, args):
 def learning_rate(epoch, args):
     """Step decay: after the paper's shares of the epochs lr falls by its factor (table 10); epoch counts from 0."""
     factor, drops = DROPS.get(args.model, DROPS_ELSE)
-    return args.lr * factor ** sum(epoch >= round(drop * args.epochs) for drop in drops)
+    return args.lr * factor ** sum(epoch >= max(1, round(drop * args.epochs)) for drop in drops)
 
 
 def eps_row(memory, index):

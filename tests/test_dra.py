@@ -117,6 +117,10 @@ def test_from_scratch_strategies():
         args = arguments("--strategy", "trades", "--lam", "3", "--adversary", adversary)
         terms, = dra_finetune.losses(model, x, y, 0.05, None, args)
         ce, kl = terms["ce_clean"].item(), terms["kl"].item()
+        torch.manual_seed(2)
+        x_adv = dra_finetune.adversary(model, x, model(x).detach(), 0.05, args, common.kl, common.gaussian_start)
+        moved = (x_adv - x).abs().flatten(1)
+        assert moved.max() <= 0.05 + 1e-6 if adversary == "pgd" else (moved > 0).sum(1).max() <= round(2 / 3 * 16)
         assert kl > 1e-4 and terms["loss"].item() == pytest.approx(ce + 3 * kl)
 
 
@@ -145,10 +149,15 @@ def test_schedule_and_settings():
     assert 255 * dra_finetune.eps_at(0, scaled) == pytest.approx(2 * (0.2470 + 0.2435 + 0.2616) / 3)
     mnist = dra_finetune.parse(["--dataset", "mnist"])
     assert {dra_finetune.eps_at(epoch, mnist) for epoch in range(50)} == {0.1}
+    large = dra_finetune.parse(["--dataset", "mnist", "--eps", "0.3"])
+    assert {dra_finetune.eps_at(epoch, large) for epoch in range(50)} == {0.3}
+    assert dra_finetune.parse(["--epochs", "6"]).clean_epochs == 1
     pgd = dra_finetune.parse(["--adversary", "pgd", "--eps", "1/255", "--eps-end", "1/255"])
     assert 255 * dra_finetune.eps_at(0, pgd) == pytest.approx(2.55) == pytest.approx(255 * dra_finetune.eps_at(49, pgd))
     madry = dra_finetune.parse(["--strategy", "madry"])
-    assert (madry.epochs, madry.lr, madry.clean_epochs) == (100, 0.1, 0)
+    assert (madry.epochs, madry.lr, madry.clean_epochs, madry.adversary) == (100, 0.1, 0, "pgd")
+    assert dra_finetune.eps_at(0, madry) == dra_finetune.eps_at(99, madry) == pytest.approx(5.1 / 255)
+    assert dra_finetune.eps_at(3, dra_finetune.parse(["--strategy", "vanilla"])) == 0
     for flags in (["--constraint", "dual", "--strategy", "madry"], ["--clean-epochs", "60"], ["--p", "2"]):
         with pytest.raises(common.UsageError):
             dra_finetune.parse(flags)

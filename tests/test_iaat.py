@@ -46,12 +46,12 @@ def plain_algorithm_2(model, x, y, memory, args):
     noises, chosen, branches = [torch.empty_like(x).uniform_(-1, 1) for _ in range(2)], [], []
     for i in range(len(x)):
         image, label, before = x[i:i + 1], y[i:i + 1], memory[i].item()
-        for branch, eps in enumerate([before + args.gamma, before, max(0.0, before - args.gamma)]):
+        for branch, eps in enumerate([before + args.gamma, before, before - args.gamma]):
             if branch == 2 or (model(plain_pgd(model, image, label, eps, noises[branch][i:i + 1], args)).argmax()
                                == label).item():
                 break
         branches.append(branch)
-        chosen.append((1 - args.beta) * before + args.beta * eps)
+        chosen.append(max(0.0, (1 - args.beta) * before + args.beta * eps))
     return torch.tensor(chosen), torch.tensor(branches)
 
 
@@ -199,6 +199,10 @@ def test_paper_settings():
     assert drops == [70, 90, 100] and iaat.learning_rate(109, args) == pytest.approx(0.1 * 0.2**3)
     assert 255 * args.gamma == pytest.approx(1.9) and (args.beta, args.val, args.normalize) == (0.1, 0, "dataset")
     assert iaat.parse(["--warmup", "0"]).warmup == 0
+    for flags in (["--epochs", "5"], ["--method", "line-search", "--gamma", "0.5"]):
+        with pytest.raises(common.UsageError):
+            iaat.parse(flags)
+    assert iaat.learning_rate(0, iaat.parse(["--epochs", "1", "--warmup", "0"])) == 0.1
 
 
 @pytest.mark.parametrize("method", iaat.METHODS)
