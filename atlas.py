@@ -157,7 +157,7 @@ def validate(model, val, args, device, precision):
         return common.pgd(model, x, y, args.eps, args.step_size, args.val_steps)
     norms = []
     with common.autocast(device, precision), common.model_mode(model, "eval"):
-        clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
+        clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
         for x, y, _ in common.eval_batches(val, 100):
             x.requires_grad_(True)
             norms.append(jacobian_norm(model(x), x, differentiable=False))

@@ -645,6 +645,11 @@ def correct(model, split, batch_size=500, attack=None):
     return flags
 
 
+def accuracy(model, split, batch_size=500, attack=None):
+    """The share of a split that the model, in eval mode, classifies correctly; attack as in `correct`."""
+    return correct(model, split, batch_size, attack).float().mean().item()
+
+
 # ----------------------------------------------------------------------------------------------- runs and checkpoints
 
 FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its meaning
@@ -774,17 +779,30 @@ def default_path(script, dataset):
 
 
 def claim(path, resume, overwrite):
-    """UsageError where a run at `path` has no valid name, or would replace files that the flags do not give free.
-    --overwrite takes the resume file away at once: were the new run interrupted, --resume must not revive the old."""
+    """The open PATH.lock that keeps a second run off `path` until it is closed; UsageError where the name is not valid,
+    another run holds it, or files are there that the flags do not give free.
+
+    --overwrite takes the resume file away at once: were the new run interrupted, --resume must not revive the old.
+    """
     path, resume_path = Path(path), Path(path).with_suffix(".resume.pt")
     if path.suffix != ".pt":
         raise UsageError(f"--ckpt {path}: the name must end in .pt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{path}.lock", "w")
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"--ckpt {path}: another run is writing it")
+    except OSError as error:
+        raise UsageError(f"--ckpt {path}: cannot be written ({error.strerror})")
     exists = any(file.exists() for file in (path, resume_path, path.with_suffix(".jsonl")))
     if exists and not overwrite and not (resume and resume_path.exists()):
         go_on = "--resume goes on with it, " if resume_path.exists() else ""
         raise UsageError(f"{path} exists, or its .jsonl: {go_on}--overwrite replaces it")
     if overwrite:
         resume_path.unlink(missing_ok=True)
+    return lock
 
 
 class Run:
@@ -799,28 +817,13 @@ class Run:
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
         self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
         self.method_state, self.columns = None, None  # what an interrupted run's method kept; what was printed last
-        self.lock_path()
-        claim(self.path, config["resume"], config["overwrite"])
+        self.lock = claim(self.path, config["resume"], config["overwrite"])
         self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
         if self.state:
             self.adopt(self.state)
         for name, value in dict(config, ckpt=str(self.path)).items():
             print(f"{name.replace('_', '-'):>14}  {value}")
         self.wandb = wandb_run(config, script, self.path, self.wandb_id)
-
-    def lock_path(self):
-        """Take PATH.lock, so that no second run writes to the same path."""
-        if self.path.suffix != ".pt":
-            raise UsageError(f"--ckpt {self.path}: the name must end in .pt")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(f"{self.path}.lock", "w")
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--ckpt {self.path}: another run is writing it")
-        except OSError as error:
-            raise UsageError(f"--ckpt {self.path}: cannot be written ({error.strerror})")
 
     def adopt(self, state):
         """Take over an interrupted run's history, after checking that it is this run."""
@@ -842,8 +845,8 @@ class Run:
             return 0
         load_weights(model, self.state["last"]["state_dict"], self.resume_path)
         optimizer.load_state_dict(self.state["optimizer"])
-        saved = {name: value for name, value in self.state.items() if name != "optimizer"}
         if not self.path.exists():
+            saved = {name: value for name, value in self.state.items() if name != "optimizer"}
             write_beside(self.path, lambda file: torch.save(saved, file))
         epoch, self.state = self.state["last"]["epoch"], None
         print(f"{self.path}: " + (f"goes on after epoch {epoch}" if epoch < self.config["epochs"] else "is finished"))

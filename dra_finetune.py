@@ -160,7 +160,7 @@ def train_phase(args, model, train, val, device, precision):
     if state is None:  # what the first phase has left
         with common.autocast(device, precision):  # as in the epochs to come
             state = dict(lam=torch.tensor(1.0), std=clean_loss(model, train) if args.constraint == "dual" else 0.0,
-                         before=common.correct(model, val).float().mean().item() if args.val else 0.0)
+                         before=common.accuracy(model, val) if args.val else 0.0)
     dual = dict(lam=state["lam"].to(device), std=state["std"])
     augment = common.DATASETS[args.dataset]["augment"] or ("crop" if args.dataset == "mnist" else "")
     offset = args.pretrain_epochs if args.strategy == "finetune" else 0  # no phase repeats the other's order and crops
@@ -191,7 +191,7 @@ def train_phase(args, model, train, val, device, precision):
                 return common.pgd(model, x, y, radius, radius / 4, 10)
             common.seed_stream(args.seed, "validation", offset + epoch)
             with common.autocast(device, precision):
-                clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
+                clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
             lost = {"val/lost": state["before"] - clean} if args.strategy == "finetune" else {}
             row |= {"val/clean": clean, **lost, "val/robust": robust}
         run.finish_epoch(model, optimizer, row, method_state=dict(state, lam=dual["lam"].detach().cpu()))
@@ -205,7 +205,7 @@ def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
     args.ckpt = args.ckpt or common.default_path("dra_finetune", args.dataset)
-    common.claim(args.ckpt, args.resume, args.overwrite)
+    lock = common.claim(args.ckpt, args.resume, args.overwrite)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
 
     common.seed_stream(args.seed, "init")
@@ -217,6 +217,7 @@ def main():
         own = dict(strategy="vanilla", constraint="none", epochs=args.pretrain_epochs, lr=args.pretrain_lr,
                    clean_epochs=0, ckpt=str(Path(args.ckpt).with_suffix(".vanilla.pt")))
         train_phase(argparse.Namespace(**vars(args) | own), model, train, val, device, precision)
+    lock.close()  # the run of this phase takes it
     train_phase(args, model, train, val, device, precision)
 
 

@@ -101,9 +101,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
-    stem = Path(args.ckpt).parent / Path(args.ckpt).stem
     own = [args.ckpt, *args.surrogate, *Path(args.data_dir).glob("*.npz")]
-    own += [f"{stem}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
+    own += [f"{stem_of(args.ckpt)}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
     own, outputs = [Path(path).resolve() for path in own], []
     if args.transfer and not args.surrogate:
         raise common.UsageError("--transfer needs --surrogate CKPT, the network to make the images on")
@@ -374,10 +373,11 @@ def judge(model, x, y, x_adv, attack):
     return torch.stack([(logits.argmax(1) == y).float(), linf, l2, common.cross_entropy(logits, y)], 1)
 
 
-def transfer_images(path, sha, surrogate, test, attack, batch_size):
+def transfer_images(path, identity, surrogate, test, attack, batch_size):
     """A surrogate's adversarial images for a Split, (restarts, N, C, H, W) float32 on the CPU, judged by no one: all
-    steps are taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint."""
-    key = fingerprint(dict(attack._asdict(), sha=sha, images=images_sha256(test), batch_size=batch_size))
+    steps are taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint under its
+    and the images' identity."""
+    key = fingerprint(dict(attack._asdict(), **identity, batch_size=batch_size))
     kept = Path(path).with_suffix(f".{attack.name.replace('/', '_')}-{key}.npy")
     if not kept.exists():
         images = []
@@ -408,11 +408,11 @@ def corruption_paths(dataset, data_dir):
     return paths
 
 
-def corruptions(model, dataset, data_dir, test, batch_size):
+def corruptions(model, paths, test, batch_size):
     """{type: accuracy over its five severities} of Hendrycks and Dietterich's corrupted images (2019), at the test
-    images of a Split."""
+    images of a Split; paths: of `corruption_paths`."""
     table = {}
-    for path in corruption_paths(dataset, data_dir):
+    for path in paths:
         try:
             arrays = np.load(path, mmap_mode="r")  # (severities * images, H, W, C)
         except Exception as error:
@@ -420,7 +420,7 @@ def corruptions(model, dataset, data_dir, test, batch_size):
         whole, rows, right = len(arrays) // 5, test.index.cpu().numpy(), []
         for severity in range(5):
             images = torch.from_numpy(arrays[severity * whole + rows].transpose(0, 3, 1, 2).copy()).to(test.images)
-            right.append(common.correct(model, test._replace(images=images), batch_size).float().mean().item())
+            right.append(common.accuracy(model, test._replace(images=images), batch_size))
         table[path.stem] = float(np.mean(right))
     return table
 
@@ -575,6 +575,12 @@ def draw_surface(plt, scene):
     return figure
 
 
+def show(ax, image):
+    """An image (C, H, W) in [0, 1], grey or coloured, without ticks."""
+    ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+
+
 def draw_images(plt, scene):
     """Clean and PGD-40 images, their difference, the gradient of the loss (saliency figs. 4, 6; DRA fig. 3)."""
     model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 8))
@@ -590,8 +596,7 @@ def draw_images(plt, scene):
     figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained", squeeze=False)
     for line, (row, images) in zip(axes, rows.items()):
         for column, (ax, image) in enumerate(zip(line, images)):
-            ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
+            show(ax, image)
             if row in ("clean", "adversarial"):
                 ax.set_title(f"{names[row != 'clean'][column]} (true {y[column]})", fontsize=8)
         line[0].set_ylabel(row)
@@ -659,8 +664,8 @@ def draw_eps(plt, scene):
             wrong = logits_of(scene.model, x_adv).argmax(1)
         for column in range(len(rows)):
             for row, image in enumerate((x[column], x_adv[column])):
-                ax = figure.add_subplot(grid[2 + 2 * line + row, column], xticks=[], yticks=[])
-                ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+                ax = figure.add_subplot(grid[2 + 2 * line + row, column])
+                show(ax, image)
                 radius = 255 * memory[rows[column]]
                 ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {radius:.1f}", fontsize=8)
                 if not column:
@@ -693,13 +698,17 @@ def write_json(path, value):
     common.write_beside(path, lambda file: file.write(text.encode()))
 
 
+def stem_of(path):
+    """What the names of a checkpoint's other files begin with: a.pt and a.pth do not share them."""
+    return str(path).removesuffix(".pt")
+
+
 class Record:
     """run.eval.json and run.eval.npz: outcomes and per-sample facts (see `evaluate`) of a checkpoint's present networks
     alone. An attack that was interrupted has facts, and seconds, but no outcome."""
 
     def __init__(self, path, shas):
-        stem = str(path).removesuffix(".pt")
-        self.json_path, self.npz_path = Path(f"{stem}.eval.json"), Path(f"{stem}.eval.npz")
+        self.json_path, self.npz_path = (Path(f"{stem_of(path)}.eval.{end}") for end in ("json", "npz"))
         self.path, self.shas, self.stamp = Path(path), list(shas), Path(path).stat().st_mtime_ns
         self.read()
 
@@ -719,16 +728,20 @@ class Record:
         except Exception as error:
             raise common.UsageError(f"{self.json_path} or its .npz is damaged ({type(error).__name__}): remove both")
 
+    def key(self, settings):
+        """Begins with the weights' mark, by which `read` knows whose facts they are."""
+        return f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
+
     def find(self, settings):
         """(outcome or None, facts or None, seconds spent) of these settings."""
-        key = f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
+        key = self.key(settings)
         outcome, facts = next((o for o in self.outcomes if o["key"] == key), None), self.facts.get(key)
         complete = facts is not None and not np.isnan(facts).any()
         return outcome if complete else None, facts, float(self.facts.get(f"{key}-seconds", 0))
 
     def save(self, settings, facts, seconds, measured=None):
         """Keep an attack's facts so far, or with `measured` its outcome, replacing that of the same settings."""
-        key = f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
+        key = self.key(settings)
         with open(self.npz_path.with_suffix(".lock"), "w") as lock:
             if common.fcntl:
                 common.fcntl.flock(lock, common.fcntl.LOCK_EX)
@@ -796,15 +809,13 @@ def plan(args, dataset, eps, device):
     chosen = PLAN | (PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK)
     chosen["transfer"] = chosen["transfer"] or QUICK_LOOK["transfer"]
     chosen |= {name: getattr(args, name) for name in QUICK_LOOK if getattr(args, name) is not None}
-    if args.protocol and common.DATASETS[dataset]["classes"] > 20:
+    if args.protocol and common.DATASETS[dataset]["classes"] > 20 and ",multi-" in chosen["attacks"]:
         chosen["attacks"] = re.sub(r",multi-\d+x\d+", "", chosen["attacks"])
         print(f"no multi-targeted attack: {dataset} has too many wrong classes")
     scale = common.pixel_scale(dataset) if args.normalized_eps else 1.0
     budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale
     todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
     todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
-    if any(attack.kind == "corruptions" for attack, _ in todo):
-        corruption_paths(dataset, args.data_dir)
     few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
     sizes = ([n for n in (chosen["limit"], few.get(attack.name)) if n] for attack, _ in todo)
     return [(attack, path, min(size, default=0)) for (attack, path), size in zip(todo, sizes)]
@@ -888,15 +899,17 @@ class Notes(logging.Handler):
         return texts
 
 
-def measure(model, checkpoint, attack, test, images, settings, args, record, notes):
-    """One attack, or what is on record of it: (outcome, facts of `evaluate`). It is saved as it goes, and goes on."""
-    anew = args.overwrite or args.save_adv
+def measure(model, attack, test, images, corrupted, settings, args, record, notes):
+    """One attack, or what is on record of it: (outcome, facts of `evaluate`, its images with --save-adv). It is saved
+    as it goes, and goes on. images: makes those of a transfer attack; corrupted: the files of `corruptions`.
+    """
+    anew, keep = args.overwrite or args.save_adv, None
     outcome, facts, spent = (None, None, 0) if anew else record.find(settings)
     if outcome:
-        return outcome, facts
+        return outcome, facts, keep
     started = time.perf_counter() - spent
     if attack.kind == "corruptions":
-        types = corruptions(model, checkpoint["dataset"], args.data_dir, test, args.batch_size)
+        types = corruptions(model, corrupted, test, args.batch_size)
         measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types)
         facts = np.empty((0, 4))
     else:
@@ -907,11 +920,8 @@ def measure(model, checkpoint, attack, test, images, settings, args, record, not
         if ATTACKS[attack.kind].norm == "l2":  # of the images it fools; not those that were misclassified before
             fooled = (facts[:, 0] == 0) & (facts[:, 2] > 0)
             measured["mean_l2"] = float(facts[fooled, 2].mean()) if fooled.any() else None
-        if args.save_adv:
-            arrays = {"images": keep, "index": test.index.cpu().numpy(), "labels": test.labels.cpu().numpy()}
-            args.kept |= {f"{settings['attack']}/{name}": array for name, array in arrays.items()}
     measured |= dict(seconds=round(time.perf_counter() - started, 2), warnings=notes.take())
-    return record.save(settings, facts, measured["seconds"], measured), facts
+    return record.save(settings, facts, measured["seconds"], measured), facts, keep
 
 
 def main():
@@ -921,13 +931,16 @@ def main():
     if args.export:
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
-    dataset, args.kept = checkpoint["dataset"], {}
+    dataset = checkpoint["dataset"]
     eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else checkpoint["args"]["eps"])
     todo = plan(args, dataset, eps, device)
+    corrupted = corruption_paths(dataset, args.data_dir) if any(a.kind == "corruptions" for a, _, _ in todo) else []
     surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}
     names = {path: source["model"] for path, (_, source) in surrogates.items()}
     if len(set(names.values())) < len(names):
-        names = {path: str(path).removesuffix(".pt") for path in names}
+        names = {path: stem_of(path) for path in names}
+    identities = {path: dict(sha=weights_sha256(source["best"]["state_dict"]), model=source["model"],
+                             normalize=source["normalize"]) for path, (_, source) in surrogates.items()}
     tests = {n: load_test(dataset, args.data_dir, n, device) for n in {n for _, _, n in todo}}
     few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
     pixels = {n: images_sha256(test) for n, test in tests.items()}
@@ -937,7 +950,7 @@ def main():
         network["model_sha256"] = hashlib.sha256(code).hexdigest()
 
     shas = {w: weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
-    record, notes, outcomes, flags = Record(args.ckpt, shas.values()), Notes(), [], []
+    record, notes, outcomes, flags, adversarial = Record(args.ckpt, shas.values()), Notes(), [], [], {}
     print(f"{args.ckpt}: {checkpoint['script']}, {checkpoint['model']} on {dataset}, {args.weights} weights of epoch "
           f"{checkpoint[args.weights]['epoch']}; {args.precision}")
     for attack, path, n in todo:
@@ -946,13 +959,15 @@ def main():
         settings |= dict(n=len(test.labels), precision=args.precision, batch_size=args.batch_size, weights=args.weights,
                          weights_sha256=shas[args.weights], images_sha256=pixels[n], **network)
         if attack.kind == "corruptions":
-            settings["files"] = [file.stem for file in corruption_paths(dataset, args.data_dir)]
+            settings["files"] = [file.stem for file in corrupted]
         if path:
-            surrogate, source = surrogates[path]
-            sha = weights_sha256(source["best"]["state_dict"])
-            settings |= dict(attack=f"{attack.name}@{names[path]}", surrogate_sha256=sha)
-            images = functools.partial(transfer_images, path, sha, surrogate, test, attack, args.batch_size)
-        outcome, facts = measure(model, checkpoint, attack, test, images, settings, args, record, notes)
+            settings |= dict(attack=f"{attack.name}@{names[path]}", surrogate_sha256=identities[path]["sha"])
+            images = functools.partial(transfer_images, path, dict(identities[path], images=pixels[n]),
+                                       surrogates[path][0], test, attack, args.batch_size)
+        outcome, facts, keep = measure(model, attack, test, images, corrupted, settings, args, record, notes)
+        if keep is not None:
+            arrays = dict(images=keep, index=test.index.cpu().numpy(), labels=test.labels.cpu().numpy())
+            adversarial |= {f"{settings['attack']}/{name}": array for name, array in arrays.items()}
         outcomes.append(outcome)
         print_outcome(outcome, header=len(outcomes) == 1)
         if len(facts) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm in ("linf", "none"):
@@ -966,15 +981,14 @@ def main():
         print(f"worst case of these {len(flags)} at eps {eps:.4g}, sample by sample: {100 * worst.mean():.2f} % of "
               f"{len(shared)} images")
     if args.save_adv:
-        common.write_beside(args.save_adv, lambda file: np.savez(file, **args.kept))
+        common.write_beside(args.save_adv, lambda file: np.savez(file, **adversarial))
     numbers, paths = print_more(args, model, load_test(dataset, args.data_dir, few, device), checkpoint, eps, outcomes)
     if args.results:
         kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
         write_json(args.results, results(checkpoint, kept, device))
     if args.protocol and args.protocol != "common":
         print_protocol(args.protocol, dataset, outcomes)
-    config = {name: value for name, value in vars(args).items() if name != "kept"}
-    if run := common.wandb_run(config, "evaluate", Path(args.ckpt)):
+    if run := common.wandb_run(vars(args), "evaluate", Path(args.ckpt)):
         import wandb
         run.summary.update({f"eval/{o['attack']}": o["accuracy"] for o in outcomes})
         run.summary.update({f"eval/{name}": value for name, value in numbers.items()})

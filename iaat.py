@@ -208,7 +208,7 @@ def main():
                 return common.pgd(model, x, y, args.eps, args.step_size, args.attack_steps)
             common.seed_stream(args.seed, "validation", epoch)
             with common.autocast(device, precision):
-                clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
+                clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
             row |= {"val/clean": clean, "val/robust": robust}
         run.finish_epoch(model, optimizer, row, row.get("val/robust"), dict(state, memory=memory.cpu().clone()))
     run.close()

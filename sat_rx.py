@@ -197,9 +197,8 @@ def main():
         row["seconds"] = time.perf_counter() - started
         if probe:
             with common.autocast(device, precision):
-                ifgsm3 = common.correct(model, val, attack=lambda x, y: common.ifgsm(model, x, y, args.eps, 3))
-                row |= {"val/clean": common.correct(model, val).float().mean().item(),
-                        "val/ifgsm-3": ifgsm3.float().mean().item()}
+                ifgsm3 = common.accuracy(model, val, attack=lambda x, y: common.ifgsm(model, x, y, args.eps, 3))
+                row |= {"val/clean": common.accuracy(model, val), "val/ifgsm-3": ifgsm3}
                 common.seed_stream(args.seed, "probe", epoch)
                 row |= masking_signals(model, *probe[:2], args)
         run.finish_epoch(model, optimizer, row, row.get("val/clean" if args.method == "nt" else "val/ifgsm-3"))

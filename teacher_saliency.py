@@ -190,7 +190,7 @@ def validate(model, val, args, device, precision):
     def attack(x, y):
         return common.pgd(model, x, y, args.eps, max(args.eps / 4, args.step_size), 20)
     with common.autocast(device, precision):
-        clean, robust = (common.correct(model, val, attack=a).float().mean().item() for a in (None, attack))
+        clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
     return {"val/clean": clean, "val/robust": robust}
 
 
@@ -249,13 +249,14 @@ def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
     args.ckpt = args.ckpt or common.default_path("teacher_saliency", args.dataset)
-    common.claim(args.ckpt, args.resume, args.overwrite)
+    lock = common.claim(args.ckpt, args.resume, args.overwrite)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
     if args.init:
         common.load_init(model, args.init)
     teacher = get_teacher(args, train, val, device, precision)
+    lock.close()  # the run takes it
     run = common.Run("teacher_saliency", dict(vars(args), precision=precision), device)
     common.seed_stream(args.seed, "discriminators")
     channels, pixels, _ = common.DATASETS[args.dataset]["shape"]

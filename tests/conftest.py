@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
-import evaluate
 import sat_rx
 
 
@@ -41,6 +41,14 @@ def train(tmp_path_factory):
             done[method, *flags] = path
         return done[method, *flags]
     return get
+
+
+def random_mnist(folder):
+    """Write folder/mnist.npz of 60 random images in each split."""
+    rng = np.random.default_rng(0)
+    np.savez(folder / "mnist.npz", **{f"{s}_images": rng.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8)
+                                      for s in ("train", "test")}, train_labels=rng.integers(0, 10, 60),
+             test_labels=rng.integers(0, 10, 60))
 
 
 def run_interrupted(main, script, at, *words):

@@ -74,7 +74,7 @@ def test_rays_against_brute_force():
         reachable = torch.tensor([any((model((image + radius * signs).clamp(0, 1)).argmax(1) != label).any()
                                       for radius in torch.linspace(0, 0.1, 101)) for image, label in zip(x, y)])
     assert 0.2 < reachable.float().mean() < 0.8
-    asked, forward = torch.zeros(len(x)), model.forward
+    forward = model.forward
 
     def count(images):
         assert torch.is_tensor(images) and not torch.is_grad_enabled()
@@ -85,7 +85,7 @@ def test_rays_against_brute_force():
     assert not (broken & ~reachable).any() and (broken & reachable).sum() >= 0.9 * reachable.sum()
     assert count.queries <= (400 + 11) * len(x) + 2 * len(x)
     weak = ~run("rays-3", model, x, y)
-    assert weak.sum() < broken.sum() and asked.sum() == 0
+    assert weak.sum() < broken.sum()
 
 
 def test_random_targeted_aims_at_wrong_classes():
@@ -427,11 +427,7 @@ def test_a_record_belongs_to_one_way_of_using_the_weights(foreign, tmp_path):
         "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 10)\n"
         "    def forward(self, x):\n        return self.fc(self.conv(x).view(-1, 4 * 26 * 26))\n")
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("view", tmp_path / "view.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.save(module.Net().state_dict(), tmp_path / "view.pt")
+    torch.save(common.imported_net(f"{tmp_path}/view.py:Net").state_dict(), tmp_path / "view.pt")
     evaluate_main("--ckpt", tmp_path / "view.pt", *words[2:], "--model", f"{tmp_path}/view.py:Net")
 
 

@@ -16,7 +16,7 @@ import torch
 import common
 import evaluate
 import sat_rx
-from conftest import run_main
+from conftest import random_mnist, run_main
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--attack-steps", "2"]
@@ -312,10 +312,7 @@ def test_prefixes_of_wrapped_networks_are_stripped(prefix, tmp_path):
 def test_a_protocol_says_what_it_compares(tmp_path, capsys):
     """--protocol takes the paper's eps, prints its rows, dashes what was not run; another data set's surrogate is
     refused, and --results does not replace a file of the checkpoint."""
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "mnist.npz", **{f"{s}_images": rng.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8)
-                                        for s in ("train", "test")}, train_labels=rng.integers(0, 10, 60),
-             test_labels=rng.integers(0, 10, 60))
+    random_mnist(tmp_path)
     words = ["--dataset", "mnist", "--data-dir", tmp_path, "--method", "nt", "--epochs", 1, "--val", 0, "--eps", "0.1"]
     run_main(sat_rx.main, "sat_rx.py", *words, "--ckpt", tmp_path / "m.pt")
     evaluate_main("--ckpt", tmp_path / "m.pt", "--data-dir", tmp_path, "--protocol", "sat_rx", "--limit", 5)

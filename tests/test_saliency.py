@@ -9,7 +9,7 @@ from torch import nn
 import common
 import evaluate
 import teacher_saliency as saliency
-from conftest import check_slopes, plain, run_interrupted, run_main
+from conftest import check_slopes, plain, random_mnist, run_interrupted, run_main
 
 SHORT = ["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--val", "40", "--align-epochs", "2", "--ks",
          "80,50", "--k-epochs", "1", "--teacher-epochs", "2", "--attack-steps", "2", "--lr", "0.01"]
@@ -166,11 +166,7 @@ def test_a_teacher_of_another_data_set(tmp_path):
     """It keeps its body and gets a new last layer, trained while the rest stays frozen."""
     import sat_rx
     elsewhere = tmp_path / "mnist.pt"
-    import numpy as np
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "mnist.npz", **{f"{s}_images": rng.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8)
-                                        for s in ("train", "test")}, train_labels=rng.integers(0, 10, 60),
-             test_labels=rng.integers(0, 10, 60))
+    random_mnist(tmp_path)
     run_main(sat_rx.main, "sat_rx.py", "--dataset", "mnist", "--data-dir", tmp_path, "--method", "nt", "--epochs", 1,
              "--val", 0, "--ckpt", elsewhere)
     run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt", "--teacher", elsewhere)
