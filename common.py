@@ -41,6 +41,8 @@ DATASETS = {
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
     "cifar100": dict(classes=100, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment="constant",
                      mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+    "imagenet": dict(classes=1000, shape=(3, 224, 224), eps=16 / 255, step=1 / 255, augment="",  # files crop themselves
+                     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 
 
@@ -66,6 +68,9 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,6 +133,11 @@ def shared_flags(parser, datasets):
     wandb_flag(parser)
 
 
+def workers_flag(parser):
+    parser.add_argument("--workers", type=natural, default=4, help="processes that read image files, for each GPU; "
+                        "data sets that are held in memory need none (%(default)s)")
+
+
 def wandb_flag(parser):
     parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto", help="Weights & "
                         "Biases; auto: online where a key is configured, else offline; WANDB_MODE wins (%(default)s)")
@@ -145,11 +155,26 @@ def resolve(args, paper):
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 
-def set_up(device="auto", precision="auto"):
-    """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means float32: TF32 is off."""
+def ranks():
+    """(number of this process, how many there are) under torchrun; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def set_up(device="auto", precision="auto", parallel=False):
+    """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means float32: TF32 is off.
+
+    parallel: the script can run as several processes under torchrun. They are joined here, each gets the GPU of its
+    number, and the first alone prints.
+    """
+    rank, size = ranks()
+    if size > 1 and not parallel:
+        raise UsageError("this script runs as one process: start it with python, not with torchrun")
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(best if device == "auto" else device)
+        if size > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}")
@@ -160,6 +185,10 @@ def set_up(device="auto", precision="auto"):
         else:  # AMX or AVX512-BF16: 3 to 4 times faster than float32; elsewhere bfloat16 is emulated and slow
             fast = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
         precision = "bfloat16" if fast else "float32"
+    if size > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")
     return device, precision
 
 
@@ -177,7 +206,8 @@ def seed_stream(seed, stream, epoch=0, step=0):
 # ------------------------------------------------------------------------------------------------------------ data
 
 class Split(NamedTuple):
-    """Part of a data set, on the device: images uint8 (N, C, H, W), labels (N,), index (N,) into the whole split."""
+    """Part of a data set, on the device: images uint8 (N, C, H, W), or an ImageFiles; labels (N,); index (N,), each
+    image's position in the whole split."""
     images: torch.Tensor
     labels: torch.Tensor
     index: torch.Tensor
@@ -186,15 +216,60 @@ class Split(NamedTuple):
         return Split(self.images[rows], self.labels[rows], self.index[rows])
 
 
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files in the place of a Split's tensor, cut to `shape` as processes read them: the middle of the image, or,
+    where `draw` is (seed, epoch), torchvision's random crop and flip, a pure function of draw and position."""
+
+    def __init__(self, paths, shape, workers, draw=None):
+        """paths: array of bytes (N,); shape: (3, H, H); workers: how many processes read."""
+        self.paths, self.workers, self.draw, self.shape = paths, workers, draw, (len(paths), *shape)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, rows):
+        """An image, uint8 (3, H, H), at a whole number; an ImageFiles at a tensor of them."""
+        if torch.is_tensor(rows):
+            return ImageFiles(self.paths[rows.cpu().numpy()], self.shape[1:], self.workers)
+        from PIL import Image
+        transforms, size = import_torchvision().transforms, self.shape[-1]
+        if self.draw:
+            seed_stream(self.draw[0], "crop", self.draw[1], rows)
+            steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        else:
+            steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+        try:
+            with Image.open(os.fsdecode(self.paths[rows])) as image:
+                return transforms.Compose([*steps, transforms.PILToTensor()])(image.convert("RGB"))
+        except Exception as error:
+            raise UsageError(f"{os.fsdecode(self.paths[rows])} cannot be read ({type(error).__name__})")
+
+
+def read(split, chunks, draw=None):
+    """The images of a split at each tensor of positions in `chunks`, as models want them: float32 in [0, 1],
+    channels_last, on the split's device. draw: (seed, epoch), where files are to be cropped and flipped at random."""
+    if torch.is_tensor(split.images):
+        yield from (to_float(split.images[rows]) for rows in chunks)
+        return
+    files = ImageFiles(split.images.paths, split.images.shape[1:], split.images.workers, draw)
+    device = split.labels.device
+    loader = torch.utils.data.DataLoader(files, batch_sampler=[rows.tolist() for rows in chunks],
+                                         num_workers=files.workers, pin_memory=device.type == "cuda")
+    try:
+        yield from (to_float(images.to(device, non_blocking=True)) for images in loader)
+    except UsageError as error:  # a process that reads sends its traceback, too
+        raise UsageError(str(error).splitlines()[-1].split("UsageError: ")[-1])
+
+
 def subset(n, size, seed=0):
     """A fixed random `size` of range(n), sorted; all of it where size is None. Independent of --seed."""
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
     return rows.sort().values
 
 
-def load_train(name, data_dir, val, limit, device):
+def load_train(name, data_dir, val, limit, device, workers=0):
     """The training split without and the `val` images kept for validation (a fixed choice); (Split, Split)."""
-    whole = load_split(name, data_dir, "train", device)
+    whole = load_split(name, data_dir, "train", device, workers)
     n = len(whole.labels)
     if val >= n:
         raise UsageError(f"--val {val} leaves nothing of the {n} training images of {name}")
@@ -204,9 +279,14 @@ def load_train(name, data_dir, val, limit, device):
     return train.take(subset(n - val, limit)), held_out.take(subset(val, limit))
 
 
-def load_split(name, data_dir, split, device):
-    """The whole "train" or "test" Split of a data set, from {data_dir}/{name}.npz; UsageError where that fails."""
-    if name == "digits":
+def load_split(name, data_dir, split, device, workers=0):
+    """The whole "train" or "test" Split of a data set, from {data_dir}/{name}.npz; UsageError where that fails.
+
+    ImageNet is a folder of files, which `workers` processes read: {data_dir}/imagenet/train/CLASS/*.JPEG, and val.
+    """
+    if name == "imagenet":
+        images, labels = image_folder(Path(data_dir) / name / ("train" if split == "train" else "val"), name, workers)
+    elif name == "digits":
         images, labels = digits(split)
     else:
         path = Path(data_dir) / f"{name}.npz"
@@ -225,9 +305,24 @@ def load_split(name, data_dir, split, device):
         if labels.shape != images.shape[:1] or not known:
             raise UsageError(f"{path}: {split}_labels must be whole numbers of shape (N,) from 0 to {classes - 1}")
         images = images.transpose(0, 3, 1, 2)
-    images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    if name != "imagenet":
+        images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     labels = torch.from_numpy(labels.astype(np.int64)).to(device)
     return Split(images, labels, torch.arange(len(labels), device=device))
+
+
+def image_folder(folder, name, workers):
+    """(ImageFiles, labels) of a folder with a folder of images for each class, numbered by the order of their names."""
+    facts = DATASETS[name]
+    try:
+        found = import_torchvision().datasets.ImageFolder(folder)
+    except OSError as error:
+        raise UsageError(f"{folder} must hold the images of {name}, one folder for each class, as unpacked from "
+                         f"https://image-net.org ({error})")
+    if len(found.classes) != facts["classes"]:
+        raise UsageError(f"{folder} holds {len(found.classes)} classes, {name} has {facts['classes']}")
+    paths, labels = zip(*found.samples)
+    return ImageFiles(np.array([os.fsencode(path) for path in paths]), facts["shape"], workers), np.array(labels)
 
 
 def digits(split):
@@ -284,26 +379,30 @@ def to_float(images):
 
 def progress(batches, name):
     """A progress bar over a sequence while standard error is a terminal."""
-    return tqdm(batches, desc=name, leave=False, disable=None)
+    return tqdm(batches, desc=name, leave=False, disable=ranks()[0] > 0 or None)
 
 
 def eval_batches(split, batch_size, name="evaluating"):
     """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split."""
-    for rows in progress(torch.arange(len(split.labels), device=split.labels.device).split(batch_size), name):
-        yield to_float(split.images[rows]), split.labels[rows], rows
+    chunks = torch.arange(len(split.labels), device=split.labels.device).split(batch_size)
+    for rows, x in zip(progress(chunks, name), read(split, chunks)):
+        yield x, split.labels[rows], rows
 
 
 def train_batches(split, batch_size, seed, epoch, augment):
     """(x, y, index) over a shuffled split, with a progress bar; seeds torch for each step before drawing from it.
 
     `index` is each image's position in the whole training set. `augment`: how to pad before crop and flip, a mode of
-    torch's pad ("constant": by zeros), "crop" for zeros and no flip, or "" for neither.
+    torch's pad ("constant": by zeros), "crop" for zeros and no flip, or "" for neither. Under torchrun every process
+    gets its share of each step's images, and randomness of its own.
     """
     seed_stream(seed, "order", epoch)
-    order = torch.randperm(len(split.labels)).to(split.labels.device)
-    for step, rows in enumerate(progress(order.split(batch_size), f"epoch {epoch + 1}")):
-        seed_stream(seed, "step", epoch, step)
-        x = to_float(split.images[rows])
+    (rank, size), chunks = ranks(), list(torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size))
+    if len(chunks[-1]) < size:  # too few for all
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    chunks = [rows[rank::size] for rows in chunks]
+    for step, (rows, x) in enumerate(zip(progress(chunks, f"epoch {epoch + 1}"), read(split, chunks, (seed, epoch)))):
+        seed_stream(seed, "step", epoch, step * size + rank)
         yield crop_and_flip(x, augment) if augment else x, split.labels[rows], split.index[rows]
 
 
@@ -740,9 +839,10 @@ def provenance(device):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    gpu = device.type == "cuda"
+    gpu, size = device.type == "cuda", ranks()[1]
     return dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit,
-                hardware=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+                hardware=(f"{size} x " if size > 1 else "") +
+                (torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"),
                 versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__))
 
 
@@ -806,9 +906,10 @@ def claim(path, resume, overwrite):
 
 
 class Run:
-    """A training run on disk and in W&B: PATH.pt to use, PATH.resume.pt to go on from, PATH.jsonl, a line per epoch."""
+    """A training run on disk and in W&B: PATH.pt to use, PATH.resume.pt to go on from, PATH.jsonl, a line per epoch.
+    Under torchrun the first process writes, and all of them read what an interrupted run left."""
 
-    FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "wandb")  # what a resumed run may change
+    FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "workers", "wandb")  # what a resumed run may change
 
     def __init__(self, script, config, device):
         """script: its name; config: its resolved flags, plain values. UsageError where the path cannot be used."""
@@ -817,13 +918,14 @@ class Run:
         self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
         self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
         self.method_state, self.columns = None, None  # what an interrupted run's method kept; what was printed last
-        self.lock = claim(self.path, config["resume"], config["overwrite"])
+        self.writes = ranks()[0] == 0
+        self.lock = claim(self.path, config["resume"], config["overwrite"]) if self.writes else None
         self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
         if self.state:
             self.adopt(self.state)
         for name, value in dict(config, ckpt=str(self.path)).items():
             print(f"{name.replace('_', '-'):>14}  {value}")
-        self.wandb = wandb_run(config, script, self.path, self.wandb_id)
+        self.wandb = wandb_run(config, script, self.path, self.wandb_id) if self.writes else None
 
     def adopt(self, state):
         """Take over an interrupted run's history, after checking that it is this run."""
@@ -845,7 +947,7 @@ class Run:
             return 0
         load_weights(model, self.state["last"]["state_dict"], self.resume_path)
         optimizer.load_state_dict(self.state["optimizer"])
-        if not self.path.exists():
+        if self.writes and not self.path.exists():
             saved = {name: value for name, value in self.state.items() if name != "optimizer"}
             write_beside(self.path, lambda file: torch.save(saved, file))
         epoch, self.state = self.state["last"]["epoch"], None
@@ -865,6 +967,8 @@ class Run:
         last = dict(epoch=row["epoch"], state_dict=state)
         if metric is None or self.best is None or metric > self.best["metric"]:
             self.best = dict(last, metric=metric)
+        if not self.writes:
+            return
         config, facts = self.config, DATASETS[self.config["dataset"]]
         saved = dict(format=FORMAT, script=self.script, model=config["model"], dataset=config["dataset"],
                      num_classes=facts["classes"], input_shape=facts["shape"], normalize=config["normalize"],
@@ -887,7 +991,8 @@ class Run:
         """End the W&B run and release the path."""
         if self.wandb:
             self.wandb.finish()
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
         print(f"{self.path}: the best epoch is {self.best['epoch']}; python evaluate.py --ckpt {self.path}")
 
 

@@ -32,6 +32,7 @@ PLAN = dict(transfer="", start="ball", step=None, limit=0, few={})  # few: attac
 SAT_RX = dict(PLAN, start="step")  # section 5.1: the whole test set; eq. 6: PGD starts within a step of x
 ATLAS = dict(PLAN, transfer="pgd-1000", step=0.007, few={"rays-40000": (1000, 200), "aa": (0, 500)})
 MNIST_FEW = {"pgd-1000": (0, 1000), "un-50x20": (0, 1000), "multi-50x20": (0, 500)}
+TARGETED = [f"targeted-1000:{radius}/255" for radius in (4, 8, 12, 16)]
 IAAT = dict(PLAN, attacks="clean,pgd-10x5,pgd-100x5,pgd-1000x2", transfer="pgd-1000x2")
 SALIENCY = dict(PLAN, attacks="clean,fgsm,pgd-5,pgd-10,pgd-20", few={"aa": (0, 500)})
 DRA = dict(PLAN, step="eps/steps")
@@ -48,7 +49,9 @@ PROTOCOLS = {  # the columns of the papers' main tables; their rows are in resul
         "cifar10": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,multi-20x5,rays-40000,aa"),
         "cifar100": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,rays-40000,aa"),
     },
-    "iaat": {"cifar10": dict(IAAT, attacks=IAAT["attacks"] + ",corruptions"), "cifar100": IAAT},
+    "iaat": {"cifar10": dict(IAAT, attacks=IAAT["attacks"] + ",corruptions"), "cifar100": IAAT,
+             "imagenet": dict(PLAN, attacks=",".join(["clean", *TARGETED]), step=1 / 255, few=dict.fromkeys(
+                 TARGETED, (1000, 100)))},
     "saliency": {"cifar10": dict(SALIENCY, attacks=SALIENCY["attacks"] + ",cw-20,aa"), "cifar100": SALIENCY},
     "dra": {"mnist": dict(DRA, attacks="clean,pgd-20:0.1,pgd-20:0.3"),
             "cifar10": dict(DRA, attacks="clean,pgd-20:2/255,pgd-20:5/255,pgd-20:8/255")},
@@ -97,6 +100,7 @@ def parse(argv=None):
     flag("--export", metavar="FILE.pt", help="write the weights as a float16 checkpoint and stop")
     flag("--overwrite", action="store_true", help="replace the files of --results, --export and --save-adv, and "
          "measure anew what is on record")
+    common.workers_flag(parser)
     common.wandb_flag(parser)
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
@@ -320,10 +324,10 @@ def logits_of(model, x):
     return model(x)
 
 
-def load_test(name, data_dir, limit, device):
+def load_test(name, data_dir, limit, device, workers=0):
     """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest); a
     smaller limit is a subset of a larger one."""
-    whole = common.load_split(name, data_dir, "test", device)
+    whole = common.load_split(name, data_dir, "test", device, workers)
     return whole.take(common.subset(len(whole.labels), limit or None))
 
 
@@ -339,7 +343,7 @@ def evaluate(model, test, attack, batch_size, precision="float32", images=None, 
     """
     facts = np.full((len(test.labels), 4), np.nan, np.float32) if facts is None else facts
     saved = time.monotonic()
-    with common.model_mode(model, "eval"), common.autocast(test.images.device, precision):
+    with common.model_mode(model, "eval"), common.autocast(test.labels.device, precision):
         for batch, (x, y, rows) in enumerate(common.eval_batches(test, batch_size, attack.name)):
             rows = rows.cpu()
             if not np.isnan(facts[rows]).any():
@@ -643,7 +647,7 @@ def draw_eps(plt, scene):
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     grid = figure.add_gridspec(6, 10)
     left, right = figure.add_subplot(grid[:2, :5]), figure.add_subplot(grid[:2, 5:])
-    train = common.load_split(scene.checkpoint["dataset"], scene.data_dir, "train", scene.test.images.device)
+    train = common.load_split(scene.checkpoint["dataset"], scene.data_dir, "train", scene.test.labels.device)
     memory = state["memory"].cpu()
     used = (memory != scene.checkpoint["args"]["eps"]).nonzero()[:, 0]  # not those kept for validation
     edges = np.linspace(255 * memory[used].min(), 255 * memory[used].max(), 40)
@@ -658,7 +662,7 @@ def draw_eps(plt, scene):
     attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], min(1.0, 2 * scene.eps))
     common.seed_stream(scene.seed, "eps")
     for line, (name, rows) in enumerate({"lowest": order[:10], "highest": order[-10:]}.items()):
-        x, y = common.to_float(train.images[rows]), train.labels[rows]
+        x, y = next(common.read(train, [rows])), train.labels[rows]
         with common.model_mode(scene.model, "eval"):
             x_adv = run_pgd(scene.model, x, y, attack, None)
             wrong = logits_of(scene.model, x_adv).argmax(1)
@@ -684,8 +688,9 @@ def weights_sha256(state_dict):
 
 
 def images_sha256(test):
-    """sha256 over the images and labels of a Split."""
-    return hashlib.sha256(test.images.cpu().numpy().tobytes() + test.labels.cpu().numpy().tobytes()).hexdigest()
+    """sha256 over the images of a Split, or the names of their files, and its labels."""
+    images = test.images.cpu().numpy() if torch.is_tensor(test.images) else test.images.paths
+    return hashlib.sha256(images.tobytes() + test.labels.cpu().numpy().tobytes()).hexdigest()
 
 
 def fingerprint(settings):
@@ -941,7 +946,7 @@ def main():
         names = {path: stem_of(path) for path in names}
     identities = {path: dict(sha=weights_sha256(source["best"]["state_dict"]), model=source["model"],
                              normalize=source["normalize"]) for path, (_, source) in surrogates.items()}
-    tests = {n: load_test(dataset, args.data_dir, n, device) for n in {n for _, _, n in todo}}
+    tests = {n: load_test(dataset, args.data_dir, n, device, args.workers) for n in {n for _, _, n in todo}}
     few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
     pixels = {n: images_sha256(test) for n, test in tests.items()}
     network = dict(dataset=dataset, model=args.model or checkpoint["model"], normalize=checkpoint["normalize"])
@@ -982,7 +987,8 @@ def main():
               f"{len(shared)} images")
     if args.save_adv:
         common.write_beside(args.save_adv, lambda file: np.savez(file, **adversarial))
-    numbers, paths = print_more(args, model, load_test(dataset, args.data_dir, few, device), checkpoint, eps, outcomes)
+    few = load_test(dataset, args.data_dir, few, device, args.workers)
+    numbers, paths = print_more(args, model, few, checkpoint, eps, outcomes)
     if args.results:
         kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
         write_json(args.results, results(checkpoint, kept, device))

@@ -7,26 +7,33 @@ the prediction and shrinks where it does (algorithm 2). Eq. 2, solved as adversa
 
     python iaat.py                                          # the paper's settings: CIFAR-10, ResNet-18, 200 epochs
     python iaat.py --dataset digits                         # bundled real digits: no download, a minute on a CPU
+    torchrun --nproc-per-node 8 iaat.py --dataset imagenet --model resnet50 --data-dir /data
 
 Not measured yet: results/ has no network of this script.
 """
 
+import argparse
 import time
 
 import torch
 
 import common
 
-# The paper's settings (table 10; eps is eps_w of the warm-up and that of PGD-AT). MNIST is not in the paper: eps as
-# usual there, gamma in proportion to it, the rest ours; `digits` is a smoke test.
-CIFAR = dict(model="resnet18", normalize="dataset", epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, momentum=0.9,
-             val=0, eps=8 / 255, gamma=1.9 / 255, beta=0.1, warmup=5, attack_steps=10, step_size=2 / 255, eps_min=0.0)
+# The paper's settings (tables 10 and 11; eps is eps_w of the warm-up and that of PGD-AT). MNIST is not in the paper:
+# eps as usual there, gamma in proportion to it, the rest ours; `digits` is a smoke test.
+CIFAR = dict(model="resnet18", normalize="dataset", epochs=200, batch_size=128, lr=0.1, lr_warmup=0, weight_decay=2e-4,
+             momentum=0.9, val=0, eps=8 / 255, gamma=1.9 / 255, beta=0.1, warmup=5, attack_steps=10, select_steps=None,
+             step_size=2 / 255, eps_min=0.0, targeted=False)
+IMAGENET = dict(CIFAR, model="resnet50", epochs=110, batch_size=None, lr=None, lr_warmup=5, weight_decay=1e-4,
+                eps=16 / 255, gamma=4 / 255, warmup=30, attack_steps=30, select_steps=10, step_size=1 / 255,
+                eps_min=4 / 255, targeted=True)  # batch_size, lr: `parse`
 MNIST = dict(CIFAR, model="lenet+", normalize="none", epochs=30, lr=0.02, eps=0.3, gamma=0.07, attack_steps=20,
              step_size=0.03)
 DIGITS = dict(MNIST, epochs=20, batch_size=32, lr=0.05, eps=0.1, gamma=0.024, warmup=3, attack_steps=10, step_size=0.02)
-PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS}
+PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS, "imagenet": IMAGENET}
 MODEL = {"wrn-32-10": dict(epochs=110, weight_decay=5e-4, warmup=10)}
-DROPS = {"wrn-32-10": (0.2, (70 / 110, 90 / 110, 100 / 110))}  # factor, after which share of the epochs
+DROPS = {"imagenet": (0.1, (35 / 110, 70 / 110, 95 / 110)),  # factor, after which share of the epochs
+         "wrn-32-10": (0.2, (70 / 110, 90 / 110, 100 / 110))}
 DROPS_ELSE = (0.1, (80 / 200, 140 / 200, 170 / 200))
 METHODS = {"iaat": "eps by algorithm 2", "line-search": "the largest eps of a grid that holds (table 7)",
            "pgd-at": "one eps for all", "mixup": "PGD-AT with mixed-up labels (table 8)", "clean": "no adversary"}
@@ -44,6 +51,9 @@ METHODS = {"iaat": "eps by algorithm 2", "line-search": "the largest eps of a gr
 # - Mixup: lambda from Beta(1, 1), on the adversarial images; not printed.
 # - With --epochs, lr falls after the same shares of the epochs.
 # - CIFAR images are padded by reflection, as in the authors' code.
+# - ImageNet: the length of lr's warm-up is not printed; 5 epochs, rising step by step from 0.1, as in the recipe it
+#   cites. Every attack of an image draws its target anew. BatchNorm's statistics are each process's own, and averaged
+#   after the epoch.
 
 
 def parse(argv=None):
@@ -58,10 +68,21 @@ def parse(argv=None):
     flag("--warmup", type=common.natural, help="epochs with eps for all images; 0: none, tables 5 and 6 (the paper's)")
     flag("--eps-min", type=common.number(0, 1), help="lower bound on the eps that is used (the paper's)")
     flag("--attack-steps", type=common.count, help="steps of PGD (the paper's)")
+    flag("--select-steps", type=common.count, help="steps of the PGD by which eps is selected (the paper's: 10 on "
+         "ImageNet, else --attack-steps)")
     flag("--step-size", type=common.unit, help="smallest step of PGD, in [0, 1] units (the paper's)")
+    flag("--targeted", action=argparse.BooleanOptionalAction, help="attack towards a random wrong class (the paper's: "
+         "on ImageNet)")
+    flag("--lr-warmup", type=common.natural, help="epochs in which lr rises from 0.1 (the paper's)")
+    common.workers_flag(parser)
     args = parser.parse_args(argv)
     model = args.model or PAPER[args.dataset]["model"]
     common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
+    args.batch_size = args.batch_size or 32 * common.ranks()[1]  # table 11: for each GPU; lr in proportion to all
+    args.lr = args.lr or 0.1 * args.batch_size / 256
+    args.select_steps = args.select_steps or args.attack_steps
+    if args.batch_size < common.ranks()[1]:
+        raise common.UsageError(f"--batch-size {args.batch_size} is for all {common.ranks()[1]} processes together")
     if args.method in ("iaat", "line-search") and args.warmup >= args.epochs:
         raise common.UsageError(f"--warmup {args.warmup} leaves none of {args.epochs} epochs for an eps of their own")
     if args.method == "line-search" and args.gamma > 4 * args.eps:
@@ -69,11 +90,23 @@ def parse(argv=None):
     return args
 
 
-def adaptive_pgd(model, x, y, eps, noise, args):
+def aims(y, args):
+    """What PGD is given for labels y (N,): y itself, or as many random wrong classes where it is targeted."""
+    classes = common.DATASETS[args.dataset]["classes"]
+    return (y + torch.randint_like(y, 1, classes)) % classes if args.targeted else y
+
+
+def fixed_pgd(model, x, y, args, mode):
+    """PGD of one eps for all images, from a random start."""
+    return common.pgd(model, x, aims(y, args), args.eps, args.step_size, args.attack_steps, targeted=args.targeted,
+                      mode=mode)
+
+
+def adaptive_pgd(model, x, target, eps, noise, steps, args):
     """PGD in balls of radius eps (N,) from x + eps noise; the step reaches any ball's border in half of the steps."""
-    step = (eps / (0.5 * args.attack_steps)).clamp(min=args.step_size)
-    return common.pgd(model, x, y, eps, step, args.attack_steps, start=lambda x, eps: (x + eps * noise).clamp(0, 1),
-                      mode=args.attack_mode)
+    step = (eps / (0.5 * steps)).clamp(min=args.step_size)
+    return common.pgd(model, x, target, eps, step, steps, start=lambda x, eps: (x + eps * noise).clamp(0, 1),
+                      targeted=args.targeted, mode=args.attack_mode)
 
 
 def predicts(model, x, y, args):
@@ -84,11 +117,11 @@ def predicts(model, x, y, args):
 
 def holds(model, x, y, eps, asked, args):
     """Where f(PGD(x, y, eps)) still is y, bool (N,); False where not `asked`, which costs nothing in eval mode."""
-    noise = torch.empty_like(x).uniform_(-1, 1)  # for all: no image's start depends on who is asked
+    noise, target = torch.empty_like(x).uniform_(-1, 1), aims(y, args)  # for all: none depends on who is asked
     rows = asked.nonzero()[:, 0] if args.attack_mode == "eval" else torch.arange(len(x), device=x.device)
     result = torch.zeros_like(asked)
     if len(rows):
-        x_adv = adaptive_pgd(model, x[rows], y[rows], eps[rows], noise[rows], args)
+        x_adv = adaptive_pgd(model, x[rows], target[rows], eps[rows], noise[rows], args.select_steps, args)
         result[rows] = predicts(model, x_adv, y[rows], args)
     return result & asked
 
@@ -131,11 +164,11 @@ def iaat_loss(model, x, y, memory, warm, args):
         return dict(loss=common.cross_entropy(model(x), y).mean(), passes=x.new_tensor(1.0)), eps
 
     # Line 8:  x_i^adv = PGD(x_i, y_i, eps_i)
-    used, noise = eps.clamp(min=args.eps_min), torch.empty_like(x).uniform_(-1, 1)
     if args.method in ("iaat", "line-search"):
-        x_adv = adaptive_pgd(model, x, y, used, noise, args)
+        used, noise = eps.clamp(min=args.eps_min), torch.empty_like(x).uniform_(-1, 1)
+        x_adv = adaptive_pgd(model, x, aims(y, args), used, noise, k, args)
     else:
-        x_adv = common.pgd(model, x, y, args.eps, args.step_size, k, mode=args.attack_mode)
+        x_adv = fixed_pgd(model, x, y, args, args.attack_mode)
     if args.method == "mixup":
         share, other = torch.rand(()).to(x), torch.randperm(len(x)).to(y)
         logits = model(share * x_adv + (1 - share) * x_adv[other])
@@ -147,14 +180,48 @@ def iaat_loss(model, x, y, memory, warm, args):
     # Lines 9 to 11:  1/N [ sum over S+ of CE(f(x_i^adv), y_i) + sum over S- of CE(f(x_i), y_i) ]
     right = predicts(model, x, y, args)
     loss = common.cross_entropy(model(torch.where(right[:, None, None, None], x_adv, x)), y).mean()
-    passes = torch.as_tensor(attacks * (k + 1 / 3) + k + 1 / 3 + 1, device=x.device)
+    passes = torch.as_tensor(attacks * (args.select_steps + 1 / 3) + k + 1 / 3 + 1, device=x.device)
     return dict(loss=loss, right=right.float().mean(), passes=passes), eps
 
 
 def learning_rate(epoch, args):
-    """Step decay: after the paper's shares of the epochs lr falls by its factor (table 10); epoch counts from 0."""
-    factor, drops = DROPS.get(args.model, DROPS_ELSE)
-    return args.lr * factor ** sum(epoch >= max(1, round(drop * args.epochs)) for drop in drops)
+    """Step decay: after the paper's shares of the epochs lr falls by its factor (tables 10, 11), where lr is above 0.1
+    after rising from there. epoch counts from 0 and may be a fraction."""
+    factor, drops = DROPS.get(args.dataset, DROPS.get(args.model, DROPS_ELSE))
+    lr = args.lr * factor ** sum(epoch >= max(1, round(drop * args.epochs)) for drop in drops)
+    return lr - max(0, args.lr - 0.1) * (1 - epoch / args.lr_warmup) if epoch < args.lr_warmup else lr
+
+
+def summed(values):
+    """A tensor's sum over the processes of torchrun."""
+    if common.ranks()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def average_gradients(model, n):
+    """Each parameter's gradient becomes the mean over all processes' images, of which n are this one's."""
+    if common.ranks()[1] > 1:
+        grads = [p.grad for p in model.parameters()]
+        total = summed(torch.cat([n * grad.flatten() for grad in grads] + [grads[0].new_tensor([n])]))
+        for grad, mean in zip(grads, (total[:-1] / total[-1]).split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
+
+
+def average_statistics(model):
+    """BatchNorm's running statistics become their mean over the processes."""
+    for buffer in model.net.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(summed(buffer.clone()) / common.ranks()[1])
+
+
+def merged(memory, seen):
+    """The memory with every process's images, of which those of `seen` (N,) are this one's."""
+    if common.ranks()[1] > 1:
+        fresh = torch.full_like(memory, -1).index_copy_(0, seen, memory[seen])
+        torch.distributed.all_reduce(fresh, torch.distributed.ReduceOp.MAX)
+        memory = torch.where(fresh < 0, memory, fresh)
+    return memory
 
 
 def eps_row(memory, index):
@@ -167,9 +234,9 @@ def eps_row(memory, index):
 
 def main():
     args = parse()
-    device, precision = common.set_up(args.device, args.precision)
+    device, precision = common.set_up(args.device, args.precision, parallel=True)
     run = common.Run("iaat", dict(vars(args), precision=precision), device)
-    train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
+    train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device, args.workers)
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
@@ -181,21 +248,26 @@ def main():
     state = run.method_state or dict(memory=torch.full((int(train.index.max()) + 1,), args.eps), snapshots={})
     memory = state["memory"].to(device)  # eps of every image, by its index in the training set
     for epoch in range(first, args.epochs):
-        started, meter = time.perf_counter(), common.Meter(epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        started, meter, seen = time.perf_counter(), common.Meter(epoch), []
         model.train()
         augment = common.DATASETS[args.dataset]["augment"] and "reflect"
         for x, y, index in common.train_batches(train, args.batch_size, args.seed, epoch, augment):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch + len(seen) * args.batch_size / len(train.labels), args)
             with common.autocast(device, precision):
                 terms, memory[index] = iaat_loss(model, x, y, memory[index], epoch < args.warmup, args)
             optimizer.zero_grad()
             terms["loss"].backward()
+            average_gradients(model, len(x))
             optimizer.step()
             meter.add(len(x), terms)
+            seen.append(index)
 
-        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
-        terms = meter.read()
+        average_statistics(model)
+        memory = merged(memory, torch.cat(seen))
+        row, means = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}, meter.read()
+        *sums, n = summed(meter.n.item() * torch.tensor([*means.values(), 1], device=device)).tolist()
+        terms = dict(zip(means, (total / n for total in sums)))
         row |= {"cost/passes": terms.pop("passes"), **{f"train/{name}": value for name, value in terms.items()}}
         row["seconds"] = time.perf_counter() - started
         row["cost/ms_per_batch"] = 1000 * row["seconds"] * args.batch_size / len(train.labels)
@@ -205,7 +277,7 @@ def main():
                 state["snapshots"][epoch + 1] = memory.cpu().clone()
         if args.val:
             def attack(x, y):
-                return common.pgd(model, x, y, args.eps, args.step_size, args.attack_steps)
+                return fixed_pgd(model, x, y, args, "eval")
             common.seed_stream(args.seed, "validation", epoch)
             with common.autocast(device, precision):
                 clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))

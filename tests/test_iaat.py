@@ -1,7 +1,12 @@
 """iaat.py: algorithms 1 and 2 against a plain loop over images, the other methods, the schedule, cost, launches."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,7 +143,6 @@ def test_baselines():
         torch.manual_seed(5)
         terms, eps = iaat.iaat_loss(model, x, y, memory, False, args)
         torch.manual_seed(5)
-        torch.empty_like(x).uniform_(-1, 1) if method != "clean" else None
         x_adv = x if method == "clean" else common.pgd(model, x, y, args.eps, args.step_size, args.attack_steps)
         if method == "mixup":
             share, other = torch.rand(()), torch.randperm(len(x))
@@ -183,7 +187,7 @@ def test_a_large_eps_is_reached_and_a_bound_holds():
     model = plain(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2)))
     x, y = 0.4 + 0.2 * x, y % 2
     eps = torch.linspace(0, 0.35, len(x))
-    x_adv = iaat.adaptive_pgd(model, x, y, eps, torch.zeros_like(x), args)
+    x_adv = iaat.adaptive_pgd(model, x, y, eps, torch.zeros_like(x), args.attack_steps, args)
     torch.testing.assert_close((x_adv - x).abs().amax((1, 2, 3)), eps)
 
 
@@ -245,3 +249,180 @@ def test_the_eps_of_the_images_are_drawn(tmp_path):
     figure = evaluate.draw_eps(pyplot, scene)
     assert len(figure.axes) == 2 + 40 and len(figure.axes[1].lines) == 4 and len(figure.axes[0].patches) == 4
     assert evaluate.draw_eps(pyplot, scene._replace(checkpoint=dict(checkpoint, method_state=None))) is None
+
+
+# ------------------------------------------------------------------------------- ImageNet and several processes
+
+SMALL = """import common
+common.DATASETS["imagenet"].update(classes=3, shape=(3, 64, 64))
+import iaat
+{extra}
+common.cli(iaat.main)
+"""
+CHECKED = """
+import torch
+merged = iaat.merged
+def checked(memory, seen):
+    whole = merged(memory, seen)
+    every, visits = [torch.zeros_like(whole) for _ in range(2)], torch.zeros(41).index_add_(0, seen, torch.ones(len(seen)))
+    torch.distributed.all_gather(every, whole)
+    torch.distributed.all_reduce(visits)
+    assert torch.equal(*every) and torch.equal(whole[seen], memory[seen]) and (visits == 1).all()
+    print("memories agree")
+    return whole
+iaat.merged = checked
+"""
+STOPPED = """
+batches = common.train_batches
+def stopped(*args):
+    if args[3] == 1:
+        raise KeyboardInterrupt
+    return batches(*args)
+common.train_batches = stopped
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of JPEG files as ImageNet's, three classes told apart by colour: 41 training and 12 test images."""
+    from PIL import Image
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, n in (("train", 41), ("val", 12)):
+        for i in range(n):
+            path = root / "imagenet" / split / f"n{i % 3}" / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 120, (70 + i, 90, 3), dtype=np.uint8)
+            pixels[..., i % 3] += 110
+            Image.fromarray(pixels).convert("L" if i == 4 else "RGB").save(path)
+    return root
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """ImageNet of three classes and 64 x 64 pixels, in this process."""
+    for name, value in dict(classes=3, shape=(3, 64, 64)).items():
+        monkeypatch.setitem(common.DATASETS["imagenet"], name, value)
+
+
+def launch(folder, path, processes, *words, extra="", status=0):
+    """Run iaat.py on the folder, after `extra` lines of Python, by so many processes of torchrun: what it prints."""
+    script = path.with_suffix(".py")
+    script.write_text(SMALL.format(extra=extra))
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    words = [*start, script, "--dataset", "imagenet", "--data-dir", folder, "--ckpt", path, *words]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300, env=dict(
+        os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1"))
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    return done.stdout
+
+
+def test_two_processes_train_what_one_does(folder, tmp_path):
+    """Without chance in the loss, two processes' weights and means are one's, also after an interruption."""
+    words = ["--method", "clean", "--model", "cnn-small", "--batch-size", "7", "--epochs", "3", "--workers", "1",
+             "--precision", "float32", "--lr", "0.05", "--resume"]
+    launch(folder, tmp_path / "one.pt", 1, *words)
+    launch(folder, tmp_path / "two.pt", 2, *words, extra=STOPPED, status=1)
+    assert "goes on after epoch 1" in launch(folder, tmp_path / "two.pt", 2, *words)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert one["history"][-1]["train/loss"] < one["history"][0]["train/loss"] and len(two["history"]) == 3
+    for name, value in one["last"]["state_dict"].items():
+        torch.testing.assert_close(two["last"]["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(two["history"], one["history"]):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+    assert two["provenance"]["hardware"].startswith("2 x CPU")
+
+
+def test_two_processes_share_one_memory(folder, tmp_path, small):
+    """With BatchNorm, and past the warm-up: both end an epoch with the same memory, every image is visited once, and
+    one of them prints. evaluate.py reads the files."""
+    out = launch(folder, tmp_path / "run.pt", 2, "--model", "resnet18", "--batch-size", "14", "--warmup", "1", "--epochs",
+                 "2", "--attack-steps", "2", "--select-steps", "1", "--workers", "0", extra=CHECKED)
+    assert out.count("memories agree") == 2 and out.count("the best epoch is") == 1 and "nan" not in out
+    memory = torch.load(tmp_path / "run.pt", weights_only=True)["method_state"]["memory"]
+    assert len(memory) == 41 and (memory != memory[0]).any()
+    run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "run.pt", "--data-dir", folder, "--attacks",
+             "clean,targeted-2:4/255", "--workers", 1)
+    outcomes = json.loads((tmp_path / "run.eval.json").read_text())
+    assert [(o["attack"], o["n"]) for o in outcomes] == [("clean", 12), ("targeted-2:4/255", 12)]
+
+
+def test_each_process_gets_its_share(folder, small, monkeypatch):
+    """Every image once an epoch over three processes, none of them without work; files are cropped the same whoever
+    reads them."""
+    train, _ = common.load_train("imagenet", folder, 0, None, "cpu")
+
+    def epoch(rank, size, n=7):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        return list(common.train_batches(train, n, 0, 1, ""))
+    alone = epoch(0, 1)
+    images = {i.item(): image for x, _, index in alone for image, i in zip(x, index)}
+    shares = [epoch(rank, 3) for rank in range(3)]
+    assert sorted(i for share in shares for _, _, index in share for i in index.tolist()) == list(range(41))
+    assert {len(share) for share in shares} == {6} and min(len(x) for share in shares for x, _, _ in share) >= 2
+    assert {len(epoch(rank, 3, n=8)) for rank in range(3)} == {5}  # 41 = 5 x 8 + 1
+    for share in shares:
+        for x, y, index in share:
+            assert all(torch.equal(image, images[i]) for image, i in zip(x, index.tolist()))
+            assert torch.equal(y, train.labels[index])
+
+
+def test_image_files(folder, small, tmp_path):
+    """The middle of each test image, in order; training crops change with the epoch; what is wrong is said."""
+    test = evaluate.load_test("imagenet", folder, None, "cpu")
+    (x, y, _), = common.eval_batches(test, 12)
+    assert x.shape == (12, 3, 64, 64) and 0 <= x.min() and x.max() <= 1 and x.is_contiguous(
+        memory_format=torch.channels_last)
+    coloured = [i for i, path in enumerate(test.images.paths) if not path.endswith(b"/4.JPEG")]
+    assert (x.mean((2, 3)).argmax(1) == y)[coloured].all() and y.bincount().tolist() == [4, 4, 4]
+    assert torch.equal(evaluate.load_test("imagenet", folder, 5, "cpu").labels, y[common.subset(12, 5)])
+    train, held = common.load_train("imagenet", folder, 10, None, "cpu", 2)
+    assert (len(train.images), len(held.images), held.images.workers) == (31, 10, 2)
+    rows = torch.arange(4)
+    first, again, later = (next(common.read(train, [rows], (0, epoch))) for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    for workers in (0, 1):
+        broken = common.ImageFiles(np.array([b"/nowhere/x.JPEG"]), (3, 64, 64), workers)
+        split = common.Split(broken, torch.zeros(1).long(), torch.zeros(1).long())
+        with pytest.raises(common.UsageError, match="^/nowhere/x.JPEG cannot be read .FileNotFoundError.$"):
+            list(common.eval_batches(split, 1))
+    with pytest.raises(common.UsageError, match="image-net.org"):
+        common.load_split("imagenet", tmp_path, "train", "cpu")
+    common.DATASETS["imagenet"]["classes"] = 4
+    with pytest.raises(common.UsageError, match="holds 3 classes, imagenet has 4"):
+        common.load_split("imagenet", folder, "train", "cpu")
+
+
+def test_imagenet_settings(monkeypatch):
+    """Table 11, lr in proportion to the batch, its warm-up from 0.1, its decay."""
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    args = iaat.parse(["--dataset", "imagenet"])
+    assert (args.batch_size, args.lr, args.epochs, args.warmup, args.weight_decay) == (2048, 0.8, 110, 30, 1e-4)
+    assert [round(255 * v) for v in (args.eps, args.gamma, args.step_size, args.eps_min)] == [16, 4, 1, 4]
+    assert (args.attack_steps, args.select_steps, args.targeted, args.model) == (30, 10, True, "resnet50")
+    assert iaat.learning_rate(0, args) == pytest.approx(0.1) and iaat.learning_rate(2.5, args) == pytest.approx(0.45)
+    drops = [e for e in range(6, 110) if iaat.learning_rate(e, args) < iaat.learning_rate(e - 1, args)]
+    assert drops == [35, 70, 95] and iaat.learning_rate(5, args) == 0.8
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    args = iaat.parse(["--dataset", "imagenet"])
+    assert (args.batch_size, args.lr) == (32, 0.0125) and iaat.learning_rate(0, args) == 0.0125
+
+
+def test_targeted_attacks_aim_at_wrong_classes():
+    """Every wrong class and no right one; targeted PGD makes the target likelier."""
+    args = iaat.parse(["--dataset", "mnist", "--targeted", "--attack-steps", "3"])
+    y = torch.arange(10).repeat(200)
+    target = iaat.aims(y, args)
+    assert (target != y).all() and len(torch.unique(10 * y + target)) == 90
+    model, x, y, _, _ = setting()
+    target = (y + 1) % 5
+    noise, eps = torch.zeros_like(x), torch.full((len(x),), 0.05)
+    x_adv = iaat.adaptive_pgd(model, x, target, eps, noise, 3, args)
+    before, after = (F.cross_entropy(model.eval()(z), target, reduction="none") for z in (x, x_adv))
+    assert (after < before).float().mean() > 0.9
+
+
+def test_other_scripts_are_not_for_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UsageError, match="torchrun"):
+        common.set_up("cpu")
