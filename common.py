@@ -44,6 +44,7 @@ DATASETS = {
     "imagenet": dict(classes=1000, shape=(3, 224, 224), eps=16 / 255, step=1 / 255, augment="",  # files crop themselves
                      mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
+DATASETS["imagenet100"] = dict(DATASETS["imagenet"], classes=100, eps=8 / 255, step=2 / 255)  # 100 classes of it
 
 
 # ------------------------------------------------------------------------------------------------ errors and flags
@@ -131,6 +132,18 @@ def shared_flags(parser, datasets):
     flag("--attack-mode", choices=["eval", "train"], default="eval",
          help="mode of BatchNorm and dropout while a training attack runs (%(default)s)")
     wandb_flag(parser)
+
+
+def refuse_unused(args, choice, uses):
+    """UsageError where a flag was given that the method does not read. To be called before `resolve`.
+
+    choice: the flag that names the method; uses: flag -> the methods that read it.
+    """
+    for name, methods in uses.items():
+        value, method = getattr(args, name), getattr(args, choice)
+        if value not in (None, []) and value is not False and method not in methods:
+            raise UsageError(f"--{choice} {method} has no use for --{name.replace('_', '-')}: that is for "
+                             f"{', '.join(methods)}")
 
 
 def workers_flag(parser):
@@ -282,10 +295,13 @@ def load_train(name, data_dir, val, limit, device, workers=0):
 def load_split(name, data_dir, split, device, workers=0):
     """The whole "train" or "test" Split of a data set, from {data_dir}/{name}.npz; UsageError where that fails.
 
-    ImageNet is a folder of files, which `workers` processes read: {data_dir}/imagenet/train/CLASS/*.JPEG, and val.
+    ImageNet is a folder of files, which `workers` processes read: {data_dir}/imagenet/train/CLASS/*.JPEG, and val;
+    imagenet100 is a fixed random choice of its classes.
     """
-    if name == "imagenet":
-        images, labels = image_folder(Path(data_dir) / name / ("train" if split == "train" else "val"), name, workers)
+    files = name.startswith("imagenet")
+    if files:
+        folder = Path(data_dir) / "imagenet" / ("train" if split == "train" else "val")
+        images, labels = image_folder(folder, name, workers)
     elif name == "digits":
         images, labels = digits(split)
     else:
@@ -305,24 +321,26 @@ def load_split(name, data_dir, split, device, workers=0):
         if labels.shape != images.shape[:1] or not known:
             raise UsageError(f"{path}: {split}_labels must be whole numbers of shape (N,) from 0 to {classes - 1}")
         images = images.transpose(0, 3, 1, 2)
-    if name != "imagenet":
+    if not files:
         images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     labels = torch.from_numpy(labels.astype(np.int64)).to(device)
     return Split(images, labels, torch.arange(len(labels), device=device))
 
 
 def image_folder(folder, name, workers):
-    """(ImageFiles, labels) of a folder with a folder of images for each class, numbered by the order of their names."""
-    facts = DATASETS[name]
+    """(ImageFiles, labels) of a folder with a folder of images for each class of ImageNet, numbered by the order of
+    their names, or of as many classes, chosen at random once and for all, as the data set has."""
+    whole, facts = DATASETS["imagenet"]["classes"], DATASETS[name]
     try:
         found = import_torchvision().datasets.ImageFolder(folder)
     except OSError as error:
         raise UsageError(f"{folder} must hold the images of {name}, one folder for each class, as unpacked from "
                          f"https://image-net.org ({error})")
-    if len(found.classes) != facts["classes"]:
-        raise UsageError(f"{folder} holds {len(found.classes)} classes, {name} has {facts['classes']}")
-    paths, labels = zip(*found.samples)
-    return ImageFiles(np.array([os.fsencode(path) for path in paths]), facts["shape"], workers), np.array(labels)
+    if len(found.classes) != whole:
+        raise UsageError(f"{folder} holds {len(found.classes)} classes, ImageNet has {whole}")
+    number = {chosen: i for i, chosen in enumerate(subset(whole, facts["classes"]).tolist())}
+    paths, labels = zip(*((os.fsencode(path), number[label]) for path, label in found.samples if label in number))
+    return ImageFiles(np.array(paths), facts["shape"], workers), np.array(labels)
 
 
 def digits(split):

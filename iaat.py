@@ -37,6 +37,9 @@ DROPS = {"imagenet": (0.1, (35 / 110, 70 / 110, 95 / 110)),  # factor, after whi
 DROPS_ELSE = (0.1, (80 / 200, 140 / 200, 170 / 200))
 METHODS = {"iaat": "eps by algorithm 2", "line-search": "the largest eps of a grid that holds (table 7)",
            "pgd-at": "one eps for all", "mixup": "PGD-AT with mixed-up labels (table 8)", "clean": "no adversary"}
+OWN, ATTACKED = ("iaat", "line-search"), ("iaat", "line-search", "pgd-at", "mixup")
+USES = {"gamma": OWN, "beta": ("iaat",), "warmup": OWN, "eps_min": OWN, "select_steps": OWN, "attack_steps": ATTACKED,
+        "step_size": ATTACKED, "targeted": ATTACKED}  # flag -> the methods that read it
 
 # Differences from the paper
 # - The memory starts at eps_w and stays so during the warm-up; in the authors' code it starts at 0, and the warm-up
@@ -76,6 +79,7 @@ def parse(argv=None):
     flag("--lr-warmup", type=common.natural, help="epochs in which lr rises from 0.1 (the paper's)")
     common.workers_flag(parser)
     args = parser.parse_args(argv)
+    common.refuse_unused(args, "method", USES)
     model = args.model or PAPER[args.dataset]["model"]
     common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
     args.batch_size = args.batch_size or 32 * common.ranks()[1]  # table 11: for each GPU; lr in proportion to all
@@ -83,7 +87,7 @@ def parse(argv=None):
     args.select_steps = args.select_steps or args.attack_steps
     if args.batch_size < common.ranks()[1]:
         raise common.UsageError(f"--batch-size {args.batch_size} is for all {common.ranks()[1]} processes together")
-    if args.method in ("iaat", "line-search") and args.warmup >= args.epochs:
+    if args.method in OWN and args.warmup >= args.epochs:
         raise common.UsageError(f"--warmup {args.warmup} leaves none of {args.epochs} epochs for an eps of their own")
     if args.method == "line-search" and args.gamma > 4 * args.eps:
         raise common.UsageError(f"--gamma {args.gamma:g}: the grid ends at 4 eps, {4 * args.eps:g}")
@@ -164,7 +168,7 @@ def iaat_loss(model, x, y, memory, warm, args):
         return dict(loss=common.cross_entropy(model(x), y).mean(), passes=x.new_tensor(1.0)), eps
 
     # Line 8:  x_i^adv = PGD(x_i, y_i, eps_i)
-    if args.method in ("iaat", "line-search"):
+    if args.method in OWN:
         used, noise = eps.clamp(min=args.eps_min), torch.empty_like(x).uniform_(-1, 1)
         x_adv = adaptive_pgd(model, x, aims(y, args), used, noise, k, args)
     else:
@@ -271,7 +275,7 @@ def main():
         row |= {"cost/passes": terms.pop("passes"), **{f"train/{name}": value for name, value in terms.items()}}
         row["seconds"] = time.perf_counter() - started
         row["cost/ms_per_batch"] = 1000 * row["seconds"] * args.batch_size / len(train.labels)
-        if args.method in ("iaat", "line-search"):
+        if args.method in OWN:
             row |= eps_row(memory, train.index)
             if (epoch + 1) % max(1, args.epochs // 8) == 0:  # of fig. 8
                 state["snapshots"][epoch + 1] = memory.cpu().clone()

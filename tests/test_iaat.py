@@ -31,7 +31,8 @@ def setting(*flags, n=60):
     x = torch.rand(n, 1, 6, 6)
     y = model.eval()(x).argmax(1)
     y[::10] = (y[::10] + 1) % 5
-    args = iaat.parse(["--dataset", "mnist", "--eps", "0.05", "--gamma", "0.03", "--attack-steps", "4", *flags])
+    args = iaat.parse(["--dataset", "mnist", "--eps", "0.05", *flags])
+    args.gamma, args.attack_steps, args.select_steps = 0.03, 4, 4
     return model.train(), x, y, torch.linspace(0, 0.1, n), args
 
 
@@ -203,7 +204,8 @@ def test_paper_settings():
     assert drops == [70, 90, 100] and iaat.learning_rate(109, args) == pytest.approx(0.1 * 0.2**3)
     assert 255 * args.gamma == pytest.approx(1.9) and (args.beta, args.val, args.normalize) == (0.1, 0, "dataset")
     assert iaat.parse(["--warmup", "0"]).warmup == 0
-    for flags in (["--epochs", "5"], ["--method", "line-search", "--gamma", "0.5"]):
+    for flags in (["--epochs", "5"], ["--method", "line-search", "--gamma", "0.5"],
+                  ["--method", "pgd-at", "--beta", "0"], ["--method", "clean", "--targeted"]):
         with pytest.raises(common.UsageError):
             iaat.parse(flags)
     assert iaat.learning_rate(0, iaat.parse(["--epochs", "1", "--warmup", "0"])) == 0.1
@@ -213,7 +215,8 @@ def test_paper_settings():
 def test_launch_resume_evaluate(tmp_path, method):
     """Three epochs in one go equal two, an interruption, and another, the memory included; each image's eps moves by at
     most beta gamma an epoch after the warm-up; evaluate.py reads what is written."""
-    words = [*SHORT, "--method", method, "--epochs", "3", "--warmup", "1", "--val", "50"]
+    words = [*(SHORT[:-2] if method == "clean" else SHORT), "--method", method, "--epochs", "3", "--val", "50"]
+    words += ["--warmup", "1"] if method in iaat.OWN else []
     run_main(iaat.main, "iaat.py", *words, "--ckpt", tmp_path / "whole.pt")
     run_interrupted(iaat.main, "iaat.py", (3,), *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
@@ -264,7 +267,8 @@ import torch
 merged = iaat.merged
 def checked(memory, seen):
     whole = merged(memory, seen)
-    every, visits = [torch.zeros_like(whole) for _ in range(2)], torch.zeros(41).index_add_(0, seen, torch.ones(len(seen)))
+    every = [torch.zeros_like(whole) for _ in range(2)]
+    visits = torch.zeros(41).index_add_(0, seen, torch.ones(len(seen)))
     torch.distributed.all_gather(every, whole)
     torch.distributed.all_reduce(visits)
     assert torch.equal(*every) and torch.equal(whole[seen], memory[seen]) and (visits == 1).all()
@@ -335,8 +339,9 @@ def test_two_processes_train_what_one_does(folder, tmp_path):
 def test_two_processes_share_one_memory(folder, tmp_path, small):
     """With BatchNorm, and past the warm-up: both end an epoch with the same memory, every image is visited once, and
     one of them prints. evaluate.py reads the files."""
-    out = launch(folder, tmp_path / "run.pt", 2, "--model", "resnet18", "--batch-size", "14", "--warmup", "1", "--epochs",
-                 "2", "--attack-steps", "2", "--select-steps", "1", "--workers", "0", extra=CHECKED)
+    words = ["--model", "resnet18", "--batch-size", "14", "--warmup", "1", "--epochs", "2", "--attack-steps", "2",
+             "--select-steps", "1", "--workers", "0"]
+    out = launch(folder, tmp_path / "run.pt", 2, *words, extra=CHECKED)
     assert out.count("memories agree") == 2 and out.count("the best epoch is") == 1 and "nan" not in out
     memory = torch.load(tmp_path / "run.pt", weights_only=True)["method_state"]["memory"]
     assert len(memory) == 41 and (memory != memory[0]).any()
@@ -367,7 +372,7 @@ def test_each_process_gets_its_share(folder, small, monkeypatch):
             assert torch.equal(y, train.labels[index])
 
 
-def test_image_files(folder, small, tmp_path):
+def test_image_files(folder, small, tmp_path, monkeypatch):
     """The middle of each test image, in order; training crops change with the epoch; what is wrong is said."""
     test = evaluate.load_test("imagenet", folder, None, "cpu")
     (x, y, _), = common.eval_batches(test, 12)
@@ -388,8 +393,13 @@ def test_image_files(folder, small, tmp_path):
             list(common.eval_batches(split, 1))
     with pytest.raises(common.UsageError, match="image-net.org"):
         common.load_split("imagenet", tmp_path, "train", "cpu")
-    common.DATASETS["imagenet"]["classes"] = 4
-    with pytest.raises(common.UsageError, match="holds 3 classes, imagenet has 4"):
+    monkeypatch.setitem(common.DATASETS, "imagenet100", dict(common.DATASETS["imagenet"], classes=2))
+    some = common.load_split("imagenet100", folder, "val", "cpu")
+    chosen = [f"n{i}".encode() for i in common.subset(3, 2).tolist()]
+    assert [chosen[y] for y in some.labels] == [path.split(b"/")[-2] for path in some.images.paths]
+    assert some.labels.bincount().tolist() == [4, 4]
+    monkeypatch.setitem(common.DATASETS["imagenet"], "classes", 4)
+    with pytest.raises(common.UsageError, match="holds 3 classes, ImageNet has 4"):
         common.load_split("imagenet", folder, "train", "cpu")
 
 

@@ -19,7 +19,7 @@ import sat_rx
 from conftest import random_mnist, run_main
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--attack-steps", "2"]
+SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25"]
 
 
 def train(*words):

@@ -114,7 +114,7 @@ def test_degenerate_settings():
 
 def test_a_batch_of_one_and_k_above_it():
     for method in sat_rx.METHODS.keys() - {"eat"}:
-        model, x, y, args = small(method, "--k", "4")
+        model, x, y, args = small(method, *(["--k", "4"] if method == "r1" else []))
         assert loss_of(model, x[:1], y[:1], args)["loss"].isfinite()
 
 
@@ -198,17 +198,37 @@ def test_masking_signals_tell_a_masked_network():
     assert sound["masking/loss_gap"] == pytest.approx(0, abs=1e-3)
 
 
-def test_masking_is_announced_once(capsys):
-    rows = [{"val/fgsm": 0.8, "val/pgd-40": 0.75}, {"val/fgsm": 0.9, "val/pgd-40": 0.1}]
-    for epochs, said in ((1, False), (2, True), (3, False)):
-        sat_rx.announce_masking((rows + rows[1:])[:epochs], "val/pgd-40")
-        message = "masking sets in: 90 % of held-out images survive FGSM, 10 % PGD-40"
-        assert (message in capsys.readouterr().out) == said
+def test_masking_is_announced_when_it_sets_in_and_ends(capsys):
+    sound, masked = {"val/fgsm": 0.8, "val/pgd-40": 0.75}, {"val/fgsm": 0.9, "val/pgd-40": 0.1}
+    history, said = [], []
+    for row in (sound, masked, masked, sound, sound):
+        sat_rx.announce_masking(history := [*history, row], "val/pgd-40")
+        said.append(capsys.readouterr().out)
+    assert said[1] == "gradient masking sets in: 90 % of held-out images survive FGSM, 10 % PGD-40\n"
+    assert said[3] == "gradient masking is over: 80 % of held-out images survive FGSM, 75 % PGD-40\n"
+    assert not (said[0] or said[2] or said[4])
+
+
+def test_flags_that_do_nothing_are_refused():
+    for flags in (["--method", "nt", "--lam", "0"], ["--method", "r2", "--tau", "0.3"],
+                  ["--method", "r1", "--r3-noise"], ["--method", "rfgsm-at", "--ce-all"],
+                  ["--method", "r1", "--step-size", "0.1"]):
+        with pytest.raises(common.UsageError, match="has no use for"):
+            sat_rx.parse(flags)
+    assert sat_rx.parse(["--method", "r2", "--lam", "0", "--ce-all"]).lam == 0
+
+
+def test_settings_of_a_small_radius_and_of_imagenet100():
+    args = sat_rx.parse(["--dataset", "cifar10", "--eps", "2/255", "--method", "pgd-at"])
+    assert args.rfgsm_alpha == args.eps / 2
+    args = sat_rx.parse(["--dataset", "imagenet100", "--method", "r3"])
+    assert (args.model, args.epochs, args.lam, args.tau, 255 * args.eps) == ("resnet18", 100, 1, 0.6, 8)
 
 
 def test_radii_out_of_order_are_refused():
     """R-FGSM's second step would descend, R3's penalty would compare a loss with itself."""
-    for flags in (["--dataset", "cifar10", "--eps", "1/255"], ["--dataset", "mnist", "--method", "r3", "--eps", "0.1"]):
+    for flags in (["--dataset", "cifar10", "--eps", "1/255", "--rfgsm-alpha", "2/255"],
+                  ["--dataset", "mnist", "--method", "r3", "--eps", "0.1"]):
         with pytest.raises(common.UsageError, match="below --eps"):
             sat_rx.parse(flags)
 
