@@ -739,13 +739,14 @@ class Record:
         return f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
 
     def find(self, settings):
-        """(outcome or None, facts or None, seconds spent) of these settings."""
+        """(outcome or None, facts or None, seconds spent, warnings so far) of these settings."""
         key = self.key(settings)
         outcome, facts = next((o for o in self.outcomes if o["key"] == key), None), self.facts.get(key)
         complete = facts is not None and not np.isnan(facts).any()
-        return outcome if complete else None, facts, float(self.facts.get(f"{key}-seconds", 0))
+        seconds, warnings = float(self.facts.get(f"{key}-seconds", 0)), self.facts.get(f"{key}-warnings", ())
+        return outcome if complete else None, facts, seconds, [str(text) for text in warnings]
 
-    def save(self, settings, facts, seconds, measured=None):
+    def save(self, settings, facts, seconds, warnings, measured=None):
         """Keep an attack's facts so far, or with `measured` its outcome, replacing that of the same settings."""
         key = self.key(settings)
         with open(self.npz_path.with_suffix(".lock"), "w") as lock:
@@ -753,8 +754,9 @@ class Record:
                 common.fcntl.flock(lock, common.fcntl.LOCK_EX)
             self.read()
             self.facts |= {key: facts, f"{key}-seconds": np.float64(seconds)}
+            self.facts[f"{key}-warnings"] = np.array(warnings, str)
             common.write_beside(self.npz_path, lambda file: np.savez_compressed(file, **self.facts))
-            outcome = [dict(settings, **measured, key=key)] if measured else []
+            outcome = [dict(settings, **measured, warnings=warnings, key=key)] if measured else []
             self.outcomes = [o for o in self.outcomes if o["key"] != key] + outcome
             write_json(self.json_path, self.outcomes)
             return outcome[0] if outcome else None
@@ -887,12 +889,16 @@ def print_more(args, model, test, checkpoint, eps, outcomes):
 
 
 class Notes(logging.Handler):
-    """Collects what AutoAttack warns of: randomised outputs, zero gradients."""
+    """Collects what AutoAttack warns of: randomised outputs, zero gradients. Texts that differ in numbers are one."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
         self.texts = {}
         logging.getLogger("auto-attack").addHandler(self)
+
+    def begin(self, texts):
+        """Forget all but `texts`, which an interrupted attack left."""
+        self.texts = {re.sub(r"[\d.]+", "#", text): text for text in texts}
 
     def emit(self, record):
         text = record.getMessage().split(" See ")[0]
@@ -900,20 +906,20 @@ class Notes(logging.Handler):
             return
         self.texts.setdefault(re.sub(r"[\d.]+", "#", text), text)
 
-    def take(self):
-        texts, self.texts = list(self.texts.values()), {}
-        return texts
-
 
 def measure(model, attack, test, images, corrupted, settings, args, record, notes):
     """One attack, or what is on record of it: (outcome, facts of `evaluate`, its images with --save-adv). It is saved
     as it goes, and goes on. images: makes those of a transfer attack; corrupted: the files of `corruptions`.
     """
     anew, keep = args.overwrite or args.save_adv, None
-    outcome, facts, spent = (None, None, 0) if anew else record.find(settings)
+    outcome, facts, spent, warnings = (None, None, 0, []) if anew else record.find(settings)
     if outcome:
         return outcome, facts, keep
+    notes.begin(warnings)
     started = time.perf_counter() - spent
+
+    def save(facts, measured=None):
+        return record.save(settings, facts, time.perf_counter() - started, list(notes.texts.values()), measured)
     if attack.kind == "corruptions":
         types = corruptions(model, corrupted, test, args.batch_size)
         measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types)
@@ -921,13 +927,12 @@ def measure(model, attack, test, images, corrupted, settings, args, record, note
     else:
         keep = np.empty(test.images.shape, np.float32) if args.save_adv else None
         facts = evaluate(model, test, attack, args.batch_size, args.precision, images and images(), facts=facts,
-                         keep=keep, save=lambda facts: record.save(settings, facts, time.perf_counter() - started))
+                         save=save, keep=keep)
         measured = dict(accuracy=float((facts[:, 0] == 1).mean()), largest=float(facts[:, 1].max()))
         if ATTACKS[attack.kind].norm == "l2":  # of the images it fools; not those that were misclassified before
             fooled = (facts[:, 0] == 0) & (facts[:, 2] > 0)
             measured["mean_l2"] = float(facts[fooled, 2].mean()) if fooled.any() else None
-    measured |= dict(seconds=round(time.perf_counter() - started, 2), warnings=notes.take())
-    return record.save(settings, facts, measured["seconds"], measured), facts, keep
+    return save(facts, dict(measured, seconds=round(time.perf_counter() - started, 2))), facts, keep
 
 
 def main():

@@ -245,6 +245,16 @@ def get_teacher(args, train, val, device, precision):
     return teacher.eval().requires_grad_(False)
 
 
+def keep_phase(run, epoch, args):
+    """Keep the network after the last epoch of a k, or of alignment, in a file of its own."""
+    k = phase(epoch, args)[0]
+    if epoch + 1 == args.epochs or phase(epoch + 1, args)[0] != k:
+        checkpoint = common.load_checkpoint(run.path)
+        checkpoint["best"] = dict(checkpoint["last"], metric=run.history[-1].get("val/robust"))
+        path = run.path.with_suffix(f".k{k}.pt" if k else ".align.pt")
+        common.write_beside(path, lambda file: torch.save(checkpoint, file))
+
+
 def main():
     args = parse()
     device, precision = common.set_up(args.device, args.precision)
@@ -267,6 +277,7 @@ def main():
     first = run.restore(model, optimizer)
     if run.method_state:
         discriminators.load_state_dict(run.method_state["discriminators"])
+        keep_phase(run, first - 1, args)  # killed after the epoch, it had not been
     for epoch in range(first, args.epochs):
         started, meter, judged = time.perf_counter(), common.Meter(epoch), common.Meter(epoch)
         k, lr = phase(epoch, args)
@@ -307,11 +318,7 @@ def main():
             row |= validate(model, val, args, device, precision)
         state = {name: value.cpu().clone() for name, value in discriminators.state_dict().items()}
         run.finish_epoch(model, optimizer, row, row.get("val/robust"), dict(discriminators=state))
-        if epoch + 1 == args.epochs or phase(epoch + 1, args)[0] != k:  # the last epoch of this k
-            checkpoint = common.load_checkpoint(run.path)
-            checkpoint["best"] = dict(checkpoint["last"], metric=row.get("val/robust"))
-            path = run.path.with_suffix(f".k{k}.pt" if k else ".align.pt")
-            common.write_beside(path, lambda file: torch.save(checkpoint, file))
+        keep_phase(run, epoch, args)
     run.close()
 
 

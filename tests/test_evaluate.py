@@ -373,7 +373,9 @@ def test_autoattacks_warnings_are_kept(monkeypatch):
             return super().forward(x) + torch.randn(len(x), 3)
     notes, x = evaluate.Notes(), batch(8)
     run("aa", Random((1, 3, 3)), x, torch.zeros(8, dtype=torch.int64))
-    assert any("randomized" in text for text in notes.take()) and notes.take() == []
+    assert any("randomized" in text for text in notes.texts.values())
+    notes.begin(["3 points with zero gradient", "4 points with zero gradient"])
+    assert list(notes.texts.values()) == ["4 points with zero gradient"]
 
 
 def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
@@ -441,7 +443,8 @@ def test_an_interrupted_overwrite_leaves_no_half_outcome(digits_run, tmp_path):
     whole = record.find(settings)[1]
     half = whole.copy()
     half[30:] = np.nan
-    record.save(settings, half, 1.0)
+    record.save(settings, half, 1.0, ["Square has found nothing"])
+    assert record.find(settings)[2:] == (1.0, ["Square has found nothing"])
     assert json.loads((tmp_path / "run.eval.json").read_text()) == [] and record.find(settings)[0] is None
     evaluate_main(*words)
     assert json.loads((tmp_path / "run.eval.json").read_text())[0]["accuracy"] == outcome["accuracy"]

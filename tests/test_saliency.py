@@ -184,6 +184,8 @@ def test_launch_resume_evaluate(tmp_path, flags):
     words = [*SHORT, *flags]
     run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "whole.pt")
     run_interrupted(saliency.main, "teacher_saliency.py", (2, 4, 7), *words, "--ckpt", tmp_path / "cut.pt")
+    (tmp_path / "cut.k50.pt").unlink()  # as if killed before it was written
+    run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
     for name in ("pt", "teacher.pt", "align.pt", "k80.pt", "k50.pt"):
         whole, cut = (torch.load(tmp_path / f"{run}.{name}", weights_only=True) for run in ("whole", "cut"))
         for which in ("best", "last"):
