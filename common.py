@@ -57,8 +57,11 @@ def cli(main):
     """Run a script's main() the way a user expects: their mistakes in one line, Ctrl-C without a traceback."""
     try:
         main()
+        if ranks()[1] > 1:  # of a process that fails torchrun ends the others; it could wait for them here for ever
+            torch.distributed.destroy_process_group()
     except UsageError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if ranks()[0] == 0 or torch.distributed.is_initialized():  # in the flags it is every process's
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: what was saved is kept", file=sys.stderr)
@@ -69,9 +72,6 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +108,8 @@ def shared_flags(parser, datasets):
     """The flags every training script has. A default of None: the paper's value for the data set (see `resolve`)."""
     flag = parser.add_argument
     flag("--dataset", choices=list(datasets), default=next(iter(datasets)), help="data set (%(default)s)")
-    flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
+    flag("--data-dir", default="data", help="folder that holds NAME.npz, or ImageNet's images as "
+         "imagenet/train/CLASS/NAME.JPEG and imagenet/val (%(default)s)")
     flag("--model", help=f"backbone: {BACKBONES} (the paper's for the data set)")
     flag("--normalize", choices=["none", "dataset", "image"], help="a normalising layer inside the model: by the "
          "data set's mean and deviation, or image by image (the paper's)")
@@ -170,7 +171,9 @@ def resolve(args, paper):
 
 def ranks():
     """(number of this process, how many there are) under torchrun; (0, 1) without."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" not in os.environ:  # a cluster's scheduler may set the others
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def set_up(device="auto", precision="auto", parallel=False):
@@ -187,6 +190,7 @@ def set_up(device="auto", precision="auto", parallel=False):
         device = torch.device(best if device == "auto" else device)
         if size > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index is not None:
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -255,7 +259,7 @@ class ImageFiles(torch.utils.data.Dataset):
             with Image.open(os.fsdecode(self.paths[rows])) as image:
                 return transforms.Compose([*steps, transforms.PILToTensor()])(image.convert("RGB"))
         except Exception as error:
-            raise UsageError(f"{os.fsdecode(self.paths[rows])} cannot be read ({type(error).__name__})")
+            raise UsageError(f"{os.fsdecode(self.paths[rows])} cannot be read ({error!r})")
 
 
 def read(split, chunks, draw=None):
@@ -272,6 +276,11 @@ def read(split, chunks, draw=None):
         yield from (to_float(images.to(device, non_blocking=True)) for images in loader)
     except UsageError as error:  # a process that reads sends its traceback, too
         raise UsageError(str(error).splitlines()[-1].split("UsageError: ")[-1])
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UsageError(f"a process that reads images ended ({error}): give the machine or the container more shared "
+                         "memory, or use --workers 0")
 
 
 def subset(n, size, seed=0):
@@ -298,11 +307,11 @@ def load_split(name, data_dir, split, device, workers=0):
     ImageNet is a folder of files, which `workers` processes read: {data_dir}/imagenet/train/CLASS/*.JPEG, and val;
     imagenet100 is a fixed random choice of its classes.
     """
-    files = name.startswith("imagenet")
-    if files:
+    if name.startswith("imagenet"):
         folder = Path(data_dir) / "imagenet" / ("train" if split == "train" else "val")
         images, labels = image_folder(folder, name, workers)
-    elif name == "digits":
+        return Split(images, labels.to(device), torch.arange(len(labels), device=device))
+    if name == "digits":
         images, labels = digits(split)
     else:
         path = Path(data_dir) / f"{name}.npz"
@@ -321,8 +330,7 @@ def load_split(name, data_dir, split, device, workers=0):
         if labels.shape != images.shape[:1] or not known:
             raise UsageError(f"{path}: {split}_labels must be whole numbers of shape (N,) from 0 to {classes - 1}")
         images = images.transpose(0, 3, 1, 2)
-    if not files:
-        images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     labels = torch.from_numpy(labels.astype(np.int64)).to(device)
     return Split(images, labels, torch.arange(len(labels), device=device))
 
@@ -334,13 +342,13 @@ def image_folder(folder, name, workers):
     try:
         found = import_torchvision().datasets.ImageFolder(folder)
     except OSError as error:
-        raise UsageError(f"{folder} must hold the images of {name}, one folder for each class, as unpacked from "
-                         f"https://image-net.org ({error})")
+        raise UsageError(f"{folder} must hold the images of https://image-net.org, unpacked and sorted into a folder "
+                         f"for each class, as in {folder}/n01440764/NAME.JPEG ({error})")
     if len(found.classes) != whole:
         raise UsageError(f"{folder} holds {len(found.classes)} classes, ImageNet has {whole}")
     number = {chosen: i for i, chosen in enumerate(subset(whole, facts["classes"]).tolist())}
     paths, labels = zip(*((os.fsencode(path), number[label]) for path, label in found.samples if label in number))
-    return ImageFiles(np.array(paths), facts["shape"], workers), np.array(labels)
+    return ImageFiles(np.array(paths), facts["shape"], workers), torch.tensor(labels)
 
 
 def digits(split):
@@ -418,6 +426,8 @@ def train_batches(split, batch_size, seed, epoch, augment):
     (rank, size), chunks = ranks(), list(torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size))
     if len(chunks[-1]) < size:  # too few for all
         chunks[-2:] = [torch.cat(chunks[-2:])]
+    if len(chunks[-1]) < size:
+        raise UsageError(f"{len(split.labels)} training images are too few for {size} processes")
     chunks = [rows[rank::size] for rows in chunks]
     for step, (rows, x) in enumerate(zip(progress(chunks, f"epoch {epoch + 1}"), read(split, chunks, (seed, epoch)))):
         seed_stream(seed, "step", epoch, step * size + rank)
@@ -748,11 +758,13 @@ def pixel_scale(dataset):
     return sum(std) / len(std)
 
 
-def correct(model, split, batch_size=500, attack=None):
+def correct(model, split, batch_size=None, attack=None):
     """Which images of a split the model, in eval mode, classifies correctly: bool (N,) on the split's device.
 
-    attack: function (x, y) -> perturbed images; None for clean accuracy.
+    batch_size: 500 by default, 50 where the images are files. attack: function (x, y) -> perturbed images; None for
+    clean accuracy.
     """
+    batch_size = batch_size or (500 if torch.is_tensor(split.images) else 50)
     flags = torch.empty(len(split.labels), dtype=torch.bool, device=split.labels.device)
     with model_mode(model, "eval"):
         for x, y, rows in eval_batches(split, batch_size):
@@ -762,8 +774,8 @@ def correct(model, split, batch_size=500, attack=None):
     return flags
 
 
-def accuracy(model, split, batch_size=500, attack=None):
-    """The share of a split that the model, in eval mode, classifies correctly; attack as in `correct`."""
+def accuracy(model, split, batch_size=None, attack=None):
+    """The share of a split that the model, in eval mode, classifies correctly; the rest as in `correct`."""
     return correct(model, split, batch_size, attack).float().mean().item()
 
 
@@ -858,7 +870,8 @@ def provenance(device):
     except OSError:
         commit = ""
     gpu, size = device.type == "cuda", ranks()[1]
-    return dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit,
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")] if size > 1 else ["python"]
+    return dict(command=shlex.join([*start, Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit,
                 hardware=(f"{size} x " if size > 1 else "") +
                 (torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"),
                 versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__))

@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -689,9 +690,10 @@ def weights_sha256(state_dict):
 
 
 def images_sha256(test):
-    """sha256 over the images of a Split, or the names of their files, and its labels."""
-    images = test.images.cpu().numpy() if torch.is_tensor(test.images) else test.images.paths
-    return hashlib.sha256(images.tobytes() + test.labels.cpu().numpy().tobytes()).hexdigest()
+    """sha256 over the images of a Split, or their files' names and classes, and its labels."""
+    images = test.images.cpu().numpy().tobytes() if torch.is_tensor(test.images) else b"\n".join(
+        b"/".join(path.split(os.fsencode(os.sep))[-2:]) for path in test.images.paths)
+    return hashlib.sha256(images + test.labels.cpu().numpy().tobytes()).hexdigest()
 
 
 def fingerprint(settings):
@@ -944,6 +946,8 @@ def main():
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
     dataset = checkpoint["dataset"]
     eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else checkpoint["args"]["eps"])
+    if args.alignment and common.DATASETS[dataset]["classes"] > 100:
+        raise common.UsageError(f"--alignment takes every logit's gradient: {dataset} has too many classes")
     todo = plan(args, dataset, eps, device)
     corrupted = corruption_paths(dataset, args.data_dir) if any(a.kind == "corruptions" for a, _, _ in todo) else []
     surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}

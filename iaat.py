@@ -55,8 +55,8 @@ USES = {"gamma": OWN, "beta": ("iaat",), "warmup": OWN, "eps_min": OWN, "select_
 # - With --epochs, lr falls after the same shares of the epochs.
 # - CIFAR images are padded by reflection, as in the authors' code.
 # - ImageNet: the length of lr's warm-up is not printed; 5 epochs, rising step by step from 0.1, as in the recipe it
-#   cites. Every attack of an image draws its target anew. BatchNorm's statistics are each process's own, and averaged
-#   after the epoch.
+#   cites; nothing else of that recipe is taken over. Every attack of an image draws its target anew. BatchNorm's
+#   statistics are each process's own, and averaged after the epoch.
 
 
 def parse(argv=None):
@@ -79,7 +79,8 @@ def parse(argv=None):
     flag("--lr-warmup", type=common.natural, help="epochs in which lr rises from 0.1 (the paper's)")
     common.workers_flag(parser)
     args = parser.parse_args(argv)
-    common.refuse_unused(args, "method", USES)
+    common.refuse_unused(args, "method", {name: methods for name, methods in USES.items() if not (
+        args.val and methods == ATTACKED)})  # validation attacks every method's network
     model = args.model or PAPER[args.dataset]["model"]
     common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
     args.batch_size = args.batch_size or 32 * common.ranks()[1]  # table 11: for each GPU; lr in proportion to all
@@ -192,8 +193,8 @@ def learning_rate(epoch, args):
     """Step decay: after the paper's shares of the epochs lr falls by its factor (tables 10, 11), where lr is above 0.1
     after rising from there. epoch counts from 0 and may be a fraction."""
     factor, drops = DROPS.get(args.dataset, DROPS.get(args.model, DROPS_ELSE))
-    lr = args.lr * factor ** sum(epoch >= max(1, round(drop * args.epochs)) for drop in drops)
-    return lr - max(0, args.lr - 0.1) * (1 - epoch / args.lr_warmup) if epoch < args.lr_warmup else lr
+    lr = args.lr - (max(0, args.lr - 0.1) * (1 - epoch / args.lr_warmup) if epoch < args.lr_warmup else 0)
+    return lr * factor ** sum(epoch >= max(1, round(drop * args.epochs)) for drop in drops)
 
 
 def summed(values):
@@ -206,7 +207,7 @@ def summed(values):
 def average_gradients(model, n):
     """Each parameter's gradient becomes the mean over all processes' images, of which n are this one's."""
     if common.ranks()[1] > 1:
-        grads = [p.grad for p in model.parameters()]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
         total = summed(torch.cat([n * grad.flatten() for grad in grads] + [grads[0].new_tensor([n])]))
         for grad, mean in zip(grads, (total[:-1] / total[-1]).split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
@@ -249,6 +250,8 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
     first = run.restore(model, optimizer)
+    if summed(torch.tensor([first], device=device)).item() != first * common.ranks()[1]:
+        raise common.UsageError(f"--resume: not every process finds {run.resume_path}, put it where all of them do")
     state = run.method_state or dict(memory=torch.full((int(train.index.max()) + 1,), args.eps), snapshots={})
     memory = state["memory"].to(device)  # eps of every image, by its index in the training set
     for epoch in range(first, args.epochs):
