@@ -555,7 +555,9 @@ def draw_curves(plt, scene):
     middle.set(xlabel="eps (images in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="log")
     middle.legend(), right.legend()
-    who = "{script}, {model} on {dataset}".format(**scene.checkpoint)
+    flags = scene.checkpoint["args"]
+    method = next((f" {flags[name]}" for name in ("method", "loss", "strategy") if name in flags), "")
+    who = "{script}{method}, {model} on {dataset}".format(method=method, **scene.checkpoint)
     figure.suptitle(f"{who}, {scene.curve['n']} images", fontsize=10)
     return figure
 
