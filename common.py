@@ -408,8 +408,10 @@ def progress(batches, name):
     return tqdm(batches, desc=name, leave=False, disable=ranks()[0] > 0 or None)
 
 
-def eval_batches(split, batch_size, name="evaluating"):
-    """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split."""
+def eval_batches(split, batch_size=None, name="evaluating"):
+    """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split. batch_size: 500 by
+    default, 50 where the images are files."""
+    batch_size = batch_size or (500 if torch.is_tensor(split.images) else 50)
     chunks = torch.arange(len(split.labels), device=split.labels.device).split(batch_size)
     for rows, x in zip(progress(chunks, name), read(split, chunks)):
         yield x, split.labels[rows], rows
@@ -761,10 +763,8 @@ def pixel_scale(dataset):
 def correct(model, split, batch_size=None, attack=None):
     """Which images of a split the model, in eval mode, classifies correctly: bool (N,) on the split's device.
 
-    batch_size: 500 by default, 50 where the images are files. attack: function (x, y) -> perturbed images; None for
-    clean accuracy.
+    batch_size: as in `eval_batches`. attack: function (x, y) -> perturbed images; None for clean accuracy.
     """
-    batch_size = batch_size or (500 if torch.is_tensor(split.images) else 50)
     flags = torch.empty(len(split.labels), dtype=torch.bool, device=split.labels.device)
     with model_mode(model, "eval"):
         for x, y, rows in eval_batches(split, batch_size):

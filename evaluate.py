@@ -892,6 +892,11 @@ def print_more(args, model, test, checkpoint, eps, outcomes):
     return numbers, paths
 
 
+def alike(text):
+    """What warnings that differ in numbers alone have in common."""
+    return re.sub(r"[\d.]+", "#", text)
+
+
 class Notes(logging.Handler):
     """Collects what AutoAttack warns of: randomised outputs, zero gradients. Texts that differ in numbers are one."""
 
@@ -902,13 +907,13 @@ class Notes(logging.Handler):
 
     def begin(self, texts):
         """Forget all but `texts`, which an interrupted attack left."""
-        self.texts = {re.sub(r"[\d.]+", "#", text): text for text in texts}
+        self.texts = {alike(text): text for text in texts}
 
     def emit(self, record):
         text = record.getMessage().split(" See ")[0]
         if text.startswith("Square Attack has decreased"):  # its threshold is for a whole test set, not for a batch
             return
-        self.texts.setdefault(re.sub(r"[\d.]+", "#", text), text)
+        self.texts.setdefault(alike(text), text)
 
 
 def measure(model, attack, test, images, corrupted, settings, args, record, notes):

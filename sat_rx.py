@@ -188,8 +188,7 @@ def main():
     device, precision = common.set_up(args.device, args.precision)
     run = common.Run("sat_rx", dict(vars(args), precision=precision), device)
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device, args.workers)
-    few = 500 if torch.is_tensor(val.images) else 50  # held-out images to watch masking on
-    probe = next(common.eval_batches(val.take(torch.arange(min(few, len(val.labels)))), few)) if args.val else None
+    probe = next(common.eval_batches(val)) if args.val else None  # held-out images to watch masking on
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)

@@ -247,9 +247,11 @@ def get_teacher(args, train, val, device, precision):
 
 def keep_phase(run, epoch, args):
     """Keep the network after the last epoch of a k, or of alignment, in a file of its own."""
-    k, checkpoint = phase(epoch, args)[0], common.load_checkpoint(run.path)
-    last = epoch + 1 == args.epochs or phase(epoch + 1, args)[0] != k
-    if last and checkpoint["last"]["epoch"] == epoch + 1:  # killed later, the file is there and run.pt is ahead of it
+    k = phase(epoch, args)[0]
+    if epoch + 1 < args.epochs and phase(epoch + 1, args)[0] == k:
+        return
+    checkpoint = common.load_checkpoint(run.path)
+    if checkpoint["last"]["epoch"] == epoch + 1:  # killed later, the file is there and run.pt is ahead of it
         checkpoint["best"] = dict(checkpoint["last"], metric=run.history[-1].get("val/robust"))
         path = run.path.with_suffix(f".k{k}.pt" if k else ".align.pt")
         common.write_beside(path, lambda file: torch.save(checkpoint, file))
