@@ -32,6 +32,9 @@ WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no 
               "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},
 }  # not printed: tradesjac for several steps, and on MNIST, where it has one-step ATLAS's
 WEIGHTS["digits"] = WEIGHTS["mnist"]
+USES = {"alpha": ("atlas", "jac", "tradesjac"), "projections": ("atlas", "jac", "tradesjac"),
+        "beta": ("atlas", "trades", "tradesjac"), "steps": ("atlas", "adv", "trades", "tradesjac"),
+        "ramp": ("atlas", "adv", "trades", "tradesjac")}  # flag -> the losses that read it
 
 # Differences from the paper
 # - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, without the factor 1/2 of the public
@@ -55,12 +58,12 @@ def parse(argv=None):
     flag = parser.add_argument
     flag("--loss", choices=["atlas", "adv", "trades", "jac", "tradesjac"], default="atlas", help="ATLAS (with --beta 0 "
          "ATLAS-l, with --alpha 0 ATLAS-g), ADV, TRADES, zero-step JAC or TradesJac (%(default)s)")
-    flag("--steps", type=common.count, default=1, help="steps of the training attack; 1: FGSM of 1.25 eps from a "
-         "random start, more: PGD (%(default)s)")
+    flag("--steps", type=common.count, help="steps of the training attack; 1: FGSM of 1.25 eps from a random start, "
+         "more: PGD (1)")
     flag("--step-size", type=common.unit, help="PGD's step, in training and validation, in [0, 1] units (the paper's)")
     flag("--alpha", type=common.number(0), help="weight of the Jacobian term (the paper's for --loss and --steps)")
     flag("--beta", type=common.number(0), help="weight of the KL term (the paper's for --loss and --steps)")
-    flag("--projections", type=common.count, default=1, help="random projections of the Jacobian (%(default)s)")
+    flag("--projections", type=common.count, help="random projections of the Jacobian (1)")
     flag("--ramp", type=common.natural, help="epochs over which eps grows from 0 (the paper's)")
     flag("--plateau", type=common.count, default=2, help="epochs without a gain that divide lr by 5 (%(default)s)")
     flag("--patience", type=common.count, default=10, help="epochs without a gain that end training (%(default)s)")
@@ -68,14 +71,10 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.val == 0:
         raise common.UsageError("--val 0: validation guides the learning rate and ends training, it cannot be empty")
-    alpha, beta = WEIGHTS[args.dataset][args.loss][args.steps > 1]
-    if (args.alpha and not alpha) or (args.beta and not beta):
-        wrong = "--alpha" if args.alpha and not alpha else "--beta"
-        raise common.UsageError(f"--loss {args.loss} has no such term: {wrong} must be 0")
-    if args.loss == "jac" and args.steps > 1:
-        raise common.UsageError("--loss jac has no adversary: --steps does not apply")
+    common.refuse_unused(args, "loss", USES)
+    alpha, beta = WEIGHTS[args.dataset][args.loss][(args.steps or 1) > 1]
     ramp = 0 if args.loss == "jac" else PAPER[args.dataset]["ramp"]
-    return common.resolve(args, dict(PAPER[args.dataset], ramp=ramp, alpha=alpha, beta=beta))
+    return common.resolve(args, dict(PAPER[args.dataset], ramp=ramp, alpha=alpha, beta=beta, steps=1, projections=1))
 
 
 def jacobian_norm(logits, x, projections=1, differentiable=True):

@@ -36,6 +36,9 @@ PGD_RATIO = {"cifar10": 2.55, "mnist": 3.0, "digits": 2.0}  # PGD's eps for DRA'
 STRATEGIES = {"finetune": "clean and adversarial updates in turn after a first phase on clean images",
               "madry": "adversarial images alone, from scratch", "trades": "TRADES, from scratch",
               "vanilla": "clean images alone: the first phase"}
+ATTACKED = ("finetune", "madry", "trades")
+USES = {"adversary": ATTACKED, "p": ATTACKED, "eps_end": ATTACKED, "attack_steps": ATTACKED, "clean_epochs": ATTACKED,
+        "pretrain_epochs": ("finetune",), "pretrain_lr": ("finetune",), "lam": ("trades",), "dual_lr": ("finetune",)}
 
 # Differences from the paper
 # - A step is alpha g / mean |g|, not alpha g / sum |g|: divided by the sum, eps 1/255 or 2/255 changes nothing.
@@ -73,15 +76,17 @@ def parse(argv=None):
     flag("--lam", type=common.number(0), help="1/lambda of TRADES (ours)")
     flag("--dual-lr", type=common.number(0), help="step of the ascent on lambda (ours)")
     args = parser.parse_args(argv)
+    common.refuse_unused(args, "strategy", USES)
+    args.adversary = args.adversary or ("pgd" if args.strategy in ("madry", "trades") else "dra")
+    common.refuse_unused(args, "adversary", {"p": ("dra",)})
+    common.refuse_unused(args, "constraint", {"dual_lr": ("dual",)})
     paper = PAPER[args.dataset]
     end, clean = FALLS[args.dataset] if args.strategy == "finetune" else (1, 0)
     if args.strategy != "finetune":  # from scratch: the first phase's settings
         paper = dict(paper, epochs=paper["pretrain_epochs"], lr=paper["pretrain_lr"])
     common.resolve(args, paper)
-    scratch = args.strategy in ("madry", "trades")
     common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs),
-                              pgd_eps=min(1.0, PGD_RATIO[args.dataset] * args.eps),
-                              adversary="pgd" if scratch else "dra"))
+                              pgd_eps=min(1.0, PGD_RATIO[args.dataset] * args.eps)))
     if args.constraint == "dual" and args.strategy != "finetune":
         raise common.UsageError("--constraint dual belongs to --strategy finetune")
     if args.clean_epochs >= args.epochs:

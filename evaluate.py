@@ -379,25 +379,37 @@ def judge(model, x, y, x_adv, attack):
     return torch.stack([(logits.argmax(1) == y).float(), linf, l2, common.cross_entropy(logits, y)], 1)
 
 
+def load_array(path, mode=None):
+    """An array of ours from a .npy file, mapped to memory where a mode is given."""
+    try:
+        return np.load(path, mmap_mode=mode)
+    except Exception as error:
+        raise common.UsageError(f"{path} is damaged ({type(error).__name__}): remove it")
+
+
 def transfer_images(path, identity, surrogate, test, attack, batch_size):
     """A surrogate's adversarial images for a Split, (restarts, N, C, H, W) float32 on the CPU, judged by no one: all
     steps are taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint under its
-    and the images' identity."""
+    and the images' identity; what an interruption left in NAME.part.npy is not made again."""
     key = fingerprint(dict(attack._asdict(), **identity, batch_size=batch_size))
     kept = Path(path).with_suffix(f".{attack.name.replace('/', '_')}-{key}.npy")
+    part = kept.with_suffix(".part.npy")
     if not kept.exists():
-        images = []
+        if not part.exists():
+            todo = np.full((attack.restarts, *test.images.shape), np.nan, np.float32)
+            common.write_beside(part, lambda file: np.save(file, todo))
+        images = load_array(part, "r+")
         for restart in range(attack.restarts):
-            for batch, (x, y, _) in enumerate(common.eval_batches(test, batch_size, f"{attack.name} on {path}")):
-                common.seed_stream(attack.seed, attack.name, restart, batch)
-                once = attack._replace(restarts=1)
-                images.append(ATTACKS[attack.kind].run(surrogate, x, y, once, None).cpu())
-        images = torch.cat(images).view(attack.restarts, *test.images.shape)
-        common.write_beside(kept, lambda file: np.save(file, images.numpy()))
-    try:
-        return torch.from_numpy(np.load(kept))
-    except Exception as error:
-        raise common.UsageError(f"{kept} is damaged ({type(error).__name__}): remove it")
+            for batch, (x, y, rows) in enumerate(common.eval_batches(test, batch_size, f"{attack.name} on {path}")):
+                rows = rows.cpu().numpy()
+                if np.isnan(images[restart, rows]).any():
+                    common.seed_stream(attack.seed, attack.name, restart, batch)
+                    once = attack._replace(restarts=1)
+                    images[restart, rows] = ATTACKS[attack.kind].run(surrogate, x, y, once, None).cpu()
+                    images.flush()
+        common.write_beside(kept, lambda file: np.save(file, images))
+        part.unlink(missing_ok=True)
+    return torch.from_numpy(load_array(kept))
 
 
 CORRUPTED = {"cifar10": ("CIFAR-10-C", "https://zenodo.org/records/2535967"),

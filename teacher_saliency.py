@@ -80,6 +80,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.epochs:
         raise common.UsageError("--epochs follows from --align-epochs, --ks and --k-epochs")
+    if args.teacher and args.attack_steps:
+        raise common.UsageError("--attack-steps is for a teacher that is trained here, not for --teacher")
     common.resolve(args, PAPER[args.dataset])
     try:
         ks = [common.number(1, 100, kind=int)(k) for k in args.ks.split(",")]

@@ -213,14 +213,15 @@ def test_paper_settings():
             ("mnist", 1, "atlas", (1e-5, 0.3)), ("mnist", 20, "atlas", (5e-6, 0.2)), ("cifar10", 1, "trades", (0, 2)),
             ("cifar10", 10, "trades", (0, 4)), ("cifar10", 1, "tradesjac", (2e-4, 0.5)),
             ("cifar100", 10, "atlas", (1e-4, 10))]:
-        args = atlas.parse(["--dataset", dataset, "--steps", str(steps), "--loss", loss])
+        args = atlas.parse(["--dataset", dataset, "--loss", loss] + (loss != "jac") * ["--steps", str(steps)])
         assert (args.alpha, args.beta) == expected
     ours, theirs = atlas.parse(["--steps", "1", "--alpha", "2e-4", "--beta", "5"]), atlas.parse([])
     assert vars(ours) == vars(theirs)
     assert atlas.parse(["--loss", "jac"]).ramp == 0 and ours.ramp == 15
     assert (ours.dataset, ours.model, ours.lr, ours.batch_size, ours.val) == ("cifar10", "wrn-28-8", 0.1, 64, 5000)
     for flags in (["--loss", "adv", "--alpha", "1"], ["--loss", "trades", "--alpha", "1"],
-                  ["--loss", "jac", "--beta", "1"], ["--val", "0"], ["--loss", "jac", "--steps", "2"]):
+                  ["--loss", "jac", "--beta", "1"], ["--val", "0"], ["--loss", "jac", "--steps", "2"],
+                  ["--loss", "adv", "--projections", "2"], ["--loss", "jac", "--ramp", "1"]):
         with pytest.raises(common.UsageError):
             atlas.parse(flags)
 

@@ -158,7 +158,9 @@ def test_schedule_and_settings():
     assert (madry.epochs, madry.lr, madry.clean_epochs, madry.adversary) == (100, 0.1, 0, "pgd")
     assert dra_finetune.eps_at(0, madry) == dra_finetune.eps_at(99, madry) == pytest.approx(5.1 / 255)
     assert dra_finetune.eps_at(3, dra_finetune.parse(["--strategy", "vanilla"])) == 0
-    for flags in (["--constraint", "dual", "--strategy", "madry"], ["--clean-epochs", "60"], ["--p", "2"]):
+    for flags in (["--constraint", "dual", "--strategy", "madry"], ["--clean-epochs", "60"], ["--p", "2"],
+                  ["--adversary", "pgd", "--p", "0.5"], ["--strategy", "trades", "--p", "0.5"], ["--lam", "1"],
+                  ["--dual-lr", "0.1"], ["--strategy", "vanilla", "--pretrain-epochs", "3"]):
         with pytest.raises(common.UsageError):
             dra_finetune.parse(flags)
 

@@ -279,13 +279,36 @@ def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
     assert read(tmp_path / "run.eval.json") == read(tmp_path / "whole.eval.json")
 
 
-def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path):
-    """What one of the restarts' images breaks is broken; the worst case over attacks is taken sample by sample."""
+def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path, monkeypatch):
+    """What one of the restarts' images breaks is broken; the worst case over attacks is taken sample by sample. Images
+    that were made before an interruption are not made again."""
     source = tmp_path / "source.pt"
     shutil.copy(digits_run, source)
-    words = ["--attacks", "clean", "--surrogate", source, "--limit", 60, "--eps", "0.14"]
-    evaluate_main("--ckpt", digits_run, *words, "--transfer", "pgd-3x3")
-    images = torch.from_numpy(np.load(next(tmp_path.glob("source.pgd-3x3-*.npy"))))
+    words = ["--ckpt", digits_run, "--attacks", "clean", "--surrogate", source, "--limit", 60, "--eps", "0.14",
+             "--transfer", "pgd-3x3"]
+    evaluate_main(*words)
+    real, calls = evaluate.run_pgd, []
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    monkeypatch.setitem(evaluate.ATTACKS, "pgd", evaluate.ATTACKS["pgd"]._replace(run=counted))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_main(*words, "--batch-size", 20)
+    assert len(list(tmp_path.glob("source.*.part.npy"))) == 1
+    evaluate_main(*words, "--batch-size", 20)
+    assert len(calls) == 9 + 1 and not list(tmp_path.glob("source.*.part.npy"))
+    again = {path: np.load(path) for path in tmp_path.glob("source.pgd-3x3-*.npy")}
+    assert len(again) == 2 and all(np.isfinite(array).all() for array in again.values())
+    (tmp_path / "whole").mkdir()
+    whole = [tmp_path / "whole" / "source.pt" if word == source else word for word in words]
+    shutil.copy(source, tmp_path / "whole")
+    evaluate_main(*whole, "--batch-size", 20, "--overwrite")
+    one, = (tmp_path / "whole").glob("source.pgd-3x3-*.npy")
+    assert np.array_equal(np.load(one), again[tmp_path / one.name])
+    images = torch.from_numpy(np.load(one))
     model, _ = common.load_model(digits_run)
     y = evaluate.load_test("digits", "data", 60, "cpu").labels
     right = torch.stack([evaluate.logits_of(model, x).argmax(1) == y for x in images])

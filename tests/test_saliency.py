@@ -146,7 +146,8 @@ def test_schedule_and_settings():
     assert saliency.parse(["--dataset", "cifar100"]).gamma2 == 15
     one = saliency.parse(["--align-epochs", "0", "--ks", "50", "--k-epochs", "4"])
     assert [saliency.phase(epoch, one)[0] for epoch in range(one.epochs)] == [50] * 4
-    for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"]):
+    for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"],
+                  ["--teacher", "at.pt", "--attack-steps", "7"]):
         with pytest.raises(common.UsageError):
             saliency.parse(flags)
     prob, logit = small("--score", "prob")[-1], small("--score", "logit")[-1]
