@@ -10,6 +10,7 @@ it: a small Jacobian there (local), and a prediction that agrees with the one at
 Not measured yet: results/ has no network of this script.
 """
 
+import argparse
 import time
 
 import torch
@@ -19,8 +20,9 @@ import common
 # The paper's settings (appendix B). MNIST's "4-layer CNN" of two convolutional and two fully connected layers is not
 # printed: LeNet+ is one. Momentum on MNIST is ours. `digits` is a smoke test, its settings are ours.
 CIFAR = dict(model="wrn-28-8", normalize="none", epochs=100, batch_size=64, lr=0.1, weight_decay=2e-4, momentum=0.9,
-             val=5000, eps=8 / 255, step_size=0.007, val_steps=10, ramp=15)
-MNIST = dict(CIFAR, model="lenet+", batch_size=128, lr=0.01, weight_decay=0.0, eps=0.3, step_size=0.01, val_steps=20)
+             val=5000, eps=8 / 255, step_size=0.007, val_steps=10, ramp=15, clip_start=True)
+MNIST = dict(CIFAR, model="lenet+", batch_size=128, lr=0.01, weight_decay=0.0, eps=0.3, step_size=0.01, val_steps=20,
+             clip_start=False)
 DIGITS = dict(MNIST, epochs=30, batch_size=32, lr=0.02, val=237, eps=0.1, step_size=0.02, val_steps=10, ramp=4)
 PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS}
 WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no adversary
@@ -34,11 +36,14 @@ WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no 
 WEIGHTS["digits"] = WEIGHTS["mnist"]
 USES = {"alpha": ("atlas", "jac", "tradesjac"), "projections": ("atlas", "jac", "tradesjac"),
         "beta": ("atlas", "trades", "tradesjac"), "steps": ("atlas", "adv", "trades", "tradesjac"),
-        "ramp": ("atlas", "adv", "trades", "tradesjac")}  # flag -> the losses that read it
+        "ramp": ("atlas", "adv", "trades", "tradesjac"),
+        "clip_start": ("atlas", "adv", "trades", "tradesjac")}  # flag -> the losses that read it
 
 # Differences from the paper
 # - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, without the factor 1/2 of the public
 #   package that the paper cites: an alpha of its authors may mean half of ours.
+# - One step: on CIFAR the random start is clipped to [0, 1] before its gradient is taken, on MNIST it is not, as in the
+#   code of Wong et al., whose advice the paper follows. Clipped, a black pixel ends at 0 or eps and nowhere between.
 # - Attacks see BatchNorm in eval mode (--attack-mode train: the other, as in the one-step ADV that the paper follows).
 # - PGD's step never exceeds the eps of the moment while eps grows.
 # - eps grows from step to step. alpha and beta of every loss, not of ATLAS alone, grow with it; JAC, which has no eps,
@@ -60,6 +65,8 @@ def parse(argv=None):
          "ATLAS-l, with --alpha 0 ATLAS-g), ADV, TRADES, zero-step JAC or TradesJac (%(default)s)")
     flag("--steps", type=common.count, help="steps of the training attack; 1: FGSM of 1.25 eps from a random start, "
          "more: PGD (1)")
+    flag("--clip-start", action=argparse.BooleanOptionalAction, help="clip one step's random start to [0, 1] before "
+         "its gradient is taken (Wong et al.'s: on CIFAR, not on MNIST)")
     flag("--step-size", type=common.unit, help="PGD's step, in training and validation, in [0, 1] units (the paper's)")
     flag("--alpha", type=common.number(0), help="weight of the Jacobian term (the paper's for --loss and --steps)")
     flag("--beta", type=common.number(0), help="weight of the KL term (the paper's for --loss and --steps)")
@@ -91,11 +98,17 @@ def jacobian_norm(logits, x, projections=1, differentiable=True):
     return logits.shape[1] * total / projections
 
 
+def open_start(x, eps):
+    """Uniform in the eps-ball, not clipped to [0, 1]; the attack's result is."""
+    return x + eps * torch.empty_like(x).uniform_(-1, 1)
+
+
 def adversary(model, x, y, eps, args):
     """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a random start (appendix B)."""
     if args.loss == "jac" or eps == 0:
         return x
-    target, loss, start = y, common.cross_entropy, common.uniform_start
+    target, loss = y, common.cross_entropy
+    start = common.uniform_start if args.clip_start or args.steps > 1 else open_start
     if args.loss in ("trades", "tradesjac"):
         with common.model_mode(model, args.attack_mode):  # not under no_grad: autocast would keep such weights
             target, loss = model(x).detach(), common.kl

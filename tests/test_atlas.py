@@ -98,6 +98,18 @@ def test_adversary():
     assert torch.equal(atlas.adversary(model, x, y, 0.0, args), x)
 
 
+def test_the_start_on_black_pixels():
+    """Clipped, a start s >= 0 takes a black pixel to 0 or eps; open, what rises from s < -eps / 4 stays below eps."""
+    model, _, y, _ = small()
+    x, y = torch.zeros(60, 1, 4, 4).double(), y.repeat(10)
+    for flag, share in (("--clip-start", 0), ("--no-clip-start", 3 / 8)):
+        x_adv = atlas.adversary(model, x, y, 0.1, small(flag)[3])
+        raised = x_adv[x_adv > 1e-6]
+        assert x_adv.min() >= 0 and raised.max() == pytest.approx(0.1) and len(raised) > 200
+        assert (raised < 0.1 - 1e-6).double().mean() == pytest.approx(share, abs=0.06)
+    assert atlas.parse(["--dataset", "mnist"]).clip_start is False and atlas.parse([]).clip_start is True
+
+
 def test_without_weights_it_is_adv_bit_for_bit():
     results = []
     for flags in (["--loss", "adv"], ["--alpha", "0", "--beta", "0"]):
