@@ -32,7 +32,7 @@ QUICK_LOOK = dict(attacks="clean,fgsm,ifgsm-40,pgd-40,pgd-cw-40", transfer="fgsm
 PLAN = dict(transfer="", start="ball", step=None, limit=0, few={})  # few: attack -> (images on a GPU, images on a CPU)
 SAT_RX = dict(PLAN, start="step")  # tables 3 to 5: the whole test set; eq. 6: PGD starts within a step of x
 ATLAS = dict(PLAN, transfer="pgd-1000", step=0.007, few={"rays-40000": (1000, 200), "aa": (0, 500)})
-MNIST_FEW = {"pgd-1000": (0, 1000), "un-50x20": (0, 1000), "multi-50x20": (0, 500)}
+MNIST_FEW = {"pgd-1000": (0, 500), "un-50x20": (0, 500), "multi-50x20": (0, 200)}
 TARGETED = [f"targeted-1000:{radius}/255" for radius in (4, 8, 12, 16)]
 IAAT = dict(PLAN, attacks="clean,pgd-10x5,pgd-100x5,pgd-1000x2", transfer="pgd-1000x2")
 SALIENCY = dict(PLAN, attacks="clean,fgsm,pgd-5,pgd-10,pgd-20", few={"aa": (0, 500)})
