@@ -218,3 +218,19 @@ def test_eps_is_a_fraction_or_a_number(text, value):
 def test_eps_outside_the_unit_interval_is_refused(text):
     with pytest.raises(Exception, match="out of range|not a number"):
         common.unit(text)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_lenet_plus_is_the_network_with_relu_first(precision):
+    """Pooling before ReLU changes neither logits nor any gradient, bit for bit."""
+    torch.manual_seed(0)
+    model, results = common.build_model("lenet+", "mnist"), []
+    layers = list(model.net)
+    usual = torch.nn.Sequential(*(layers[i] for i in (0, 2, 1, 3, 5, 4, 6, 7, 8, 9)))
+    x = torch.rand(20, 1, 28, 28, requires_grad=True)
+    for net in (model.net, usual):
+        with common.autocast(torch.device("cpu"), precision):
+            logits = net(x)
+        grads = torch.autograd.grad(logits.square().sum(), [x, *model.parameters()])
+        results.append([logits.detach(), *grads])
+    assert isinstance(usual[1], torch.nn.ReLU) and all(torch.equal(a, b) for a, b in zip(*results))
