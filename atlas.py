@@ -50,7 +50,7 @@ USES = {"alpha": ("atlas", "jac", "tradesjac"), "projections": ("atlas", "jac", 
 #   starts with its alpha.
 # - The count of epochs without a gain starts when eps has reached its value, or the first cut could come before; the
 #   best so far counts from the first epoch. Training ends after 100 epochs at the latest.
-# - TRADES with several steps starts from x plus a Gaussian of deviation 0.001, as its own authors' does.
+# - TRADES and TradesJac with several steps start from x plus a Gaussian of deviation 0.001, as TRADES's authors do.
 # - CIFAR images are cropped and flipped; MNIST has no weight decay: the paper says nothing of either.
 # - With BatchNorm in training mode the estimate of ||J||_F^2 counts the influence of other images of the batch, too.
 # - bfloat16 where the hardware has it, also for the validation attack that guides training; evaluate.py is in float32.

@@ -118,9 +118,9 @@ def shared_flags(parser, datasets):
     flag("--lr", type=number(0, above=True), help="initial learning rate of SGD (the paper's)")
     flag("--weight-decay", type=number(0), help="weight decay of SGD (the paper's)")
     flag("--momentum", type=number(0, 1), help="momentum of SGD (the paper's)")
-    flag("--eps", type=unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (the paper's)")
-    flag("--val", type=natural, help="training images kept for validation; 0: none, the last epoch counts as the best "
-         "(the paper's)")
+    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, 8/255 or 0.031; of DRA the mean "
+         "change per value (the paper's)")
+    flag("--val", type=natural, help="training images kept for validation; 0: none (the paper's)")
     flag("--seed", type=natural, default=0, help="seed of everything random (%(default)s)")
     flag("--init", metavar="CKPT", help="start from the last weights of this checkpoint")
     flag("--ckpt", help="where to write the run (runs/SCRIPT-DATASET-TIME.pt)")
@@ -786,7 +786,7 @@ FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its 
 
 
 def write_beside(path, write):
-    """Call write(file) on PATH.part and rename it to PATH: a reader, or a crash, never sees half a file."""
+    """Call write(file) on PATH.PID.part and rename it to PATH: a reader, or a crash, never sees half a file."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:

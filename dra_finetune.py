@@ -50,6 +50,8 @@ USES = {"adversary": ATTACKED, "p": ATTACKED, "eps_end": ATTACKED, "attack_steps
 # - lr falls as a cosine within each phase; PGD as an adversary steps by 2.5 eps / steps from a random start.
 # - --constraint dual solves eqs. 8 and 9 as printed, by ascent on lambda against the first phase's loss on the training
 #   images, measured in eval mode without crops; the paper's own training replaces them by the alternation.
+# - The last epoch is kept, not the best on validation: the last epochs repair clean accuracy.
+# - TRADES starts from x plus a Gaussian of deviation 0.001, as its own authors' does, with DRA as the adversary, too.
 # - The strategies from scratch keep eps, and train with PGD unless told otherwise, as in tables I to III.
 
 
@@ -73,7 +75,7 @@ def parse(argv=None):
     flag("--clean-epochs", type=common.natural, help="last epochs, on clean images only (the paper's)")
     flag("--pretrain-epochs", type=common.count, help="epochs of the first phase (ours)")
     flag("--pretrain-lr", type=common.number(0, above=True), help="initial learning rate of the first phase (ours)")
-    flag("--lam", type=common.number(0), help="1/lambda of TRADES (ours)")
+    flag("--lam", type=common.number(0), help="1/lambda of TRADES (the paper's)")
     flag("--dual-lr", type=common.number(0), help="step of the ascent on lambda (ours)")
     args = parser.parse_args(argv)
     common.refuse_unused(args, "strategy", USES)

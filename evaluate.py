@@ -6,10 +6,11 @@
     python evaluate.py --ckpt run.pt --protocol sat_rx --surrogate c.pt --surrogate d.pt     # a paper's own columns
     python evaluate.py --ckpt state_dict.pt --dataset cifar10 --model my_nets.py:resnet      # somebody else's network
 
-NAME-STEPSxRESTARTS:EPS names an attack. White-box iterative attacks count a sample as broken at the first step that
-misclassifies it and attack it no further: never weaker than judging the last step alone. Evaluation is in float32, TF32
-off, unless told otherwise. Outcomes go to run.eval.json, per-sample facts to run.eval.npz, both under the sha256 of the
-weights they belong to: nothing of an earlier network on the same path remains, and what was measured is not run again.
+NAME-STEPSxRESTARTS:EPS names an attack. White-box iterative attacks but DRA count a sample as broken at the first step
+that misclassifies it and attack it no further: never weaker than judging the last step alone. Evaluation is in float32,
+TF32 off, unless told otherwise. Outcomes go to run.eval.json, per-sample facts to run.eval.npz, both under the sha256
+of the weights they belong to: nothing of an earlier network on the same path remains, and what was measured is not run
+again.
 """
 
 import functools
@@ -75,16 +76,17 @@ def parse(argv=None):
          "or the common protocol")
     flag("--surrogate", metavar="CKPT", action="append", default=[], help="also attack by transfer from this network; "
          "may be repeated")
-    flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's)")
-    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training; with "
-         "--protocol the data set's usual one)")
+    flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's, "
+         "if it has any)")
+    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training, for "
+         "DRA its --pgd-eps; with --protocol the data set's usual one)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
-         "eps, and at least 1.25 eps / steps; with --protocol the paper's)")
+         "eps, and at least 1.25 eps / steps; with a paper's --protocol its own)")
     flag("--normalized-eps", action="store_true", help="radii and steps are in units of images divided by the data "
          "set's deviation, as the DRA paper's seem to be")
     flag("--p", type=common.number(0, 1), default=1 / 3, help="share of the values that dra changes (1/3)")
     flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x "
-         f"({QUICK_LOOK['start']}; with --protocol the paper's)")
+         f"({QUICK_LOOK['start']}; with a paper's --protocol its own)")
     flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all "
          f"({QUICK_LOOK['limit']}; with --protocol all, fewer under its slowest attacks)")
     flag("--sanity", action="store_true", help="test whether the robustness is an artefact of masked gradients")
@@ -92,7 +94,7 @@ def parse(argv=None):
     flag("--per-class", action="store_true", help="accuracy per class under every attack")
     flag("--plots", metavar="DIR", help="write curves, loss surfaces, images and gradients as PNG files")
     flag("--save-adv", metavar="FILE.npz", help="write every attack's images, float32 (runs all attacks anew)")
-    flag("--data-dir", default="data", help="folder that holds NAME.npz (%(default)s)")
+    flag("--data-dir", default="data", help="folder that holds NAME.npz, imagenet/val, CIFAR-10-C ... (%(default)s)")
     flag("--batch-size", type=common.count, default=250, help="images attacked at once (%(default)s)")
     flag("--seed", type=common.natural, default=0, help="seed of the attacks (%(default)s)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
@@ -158,7 +160,7 @@ def margin_attack(model, x, y, a, labels):
 
 
 def random_targeted(model, x, y, a, labels):
-    """PGD towards a random wrong class (IAAT, section 4.3), judged as every attack by the true one."""
+    """PGD towards a random wrong class (IAAT, section 4.2), judged as every attack by the true one."""
     classes = logits_of(model, x[:1]).shape[1]
     target = (y + torch.randint(1, classes, y.shape).to(y)) % classes
     return common.pgd(model, x, target, a.eps, a.step, a.steps, restarts=a.restarts, targeted=True, labels=labels)
@@ -181,8 +183,8 @@ def multi_targeted(model, x, y, a, labels):
 
 def rays(model, x, y, a, labels):
     """RayS, from predicted labels alone (Chen and Gu 2020): a.steps queries per image in search of the sign vector with
-    the shortest way to a wrong label. Blocks of signs are flipped, halves of the image first, then quarters, down to
-    pixels and over again; a flip that is still wrong at the present radius is kept and the radius halved in on."""
+    the shortest way to a wrong label. Blocks of signs are flipped, the whole image first, then halves, quarters, down
+    to pixels and over again; a flip that is still wrong at the present radius is kept and the radius halved in on."""
     flat, (n, pixels) = x.flatten(1), x.flatten(1).shape
     sign, radius = torch.ones_like(flat), torch.ones(n, device=x.device)  # at radius 1 every pixel is at 0 or at 1
     queries, level, block = torch.zeros(n, device=x.device), 0, -1  # block -1: all signs up
@@ -820,6 +822,13 @@ def open_checkpoint(args, device):
                        best=dict(epoch=None, state_dict=model.net.state_dict()), last=None)
 
 
+def trained_eps(checkpoint):
+    """The L-infinity radius that training aimed at, in [0, 1] units; for DRA, whose eps is a mean change, PGD's."""
+    args = checkpoint["args"]
+    scale = common.pixel_scale(checkpoint["dataset"]) if args.get("normalized_eps") else 1
+    return args.get("pgd_eps", args["eps"]) * scale
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 COLUMNS = {"attack": 20, "accuracy": 9, "n": 6, "eps": 8, "step": 8, "steps": 6, "restarts": 9, "start": 6, "seed": 5,
@@ -964,7 +973,7 @@ def main():
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
     dataset = checkpoint["dataset"]
-    eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else checkpoint["args"]["eps"])
+    eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else trained_eps(checkpoint))
     if args.alignment and common.DATASETS[dataset]["classes"] > 100:
         raise common.UsageError(f"--alignment takes every logit's gradient: {dataset} has too many classes")
     todo = plan(args, dataset, eps, device)

@@ -19,8 +19,9 @@ import torch
 
 import common
 
-# The paper's settings (tables 10 and 11; eps is eps_w of the warm-up and that of PGD-AT). MNIST is not in the paper:
-# eps as usual there, gamma in proportion to it, the rest ours; `digits` is a smoke test.
+# The paper's settings (tables 10 and 11; eps is eps_w of the warm-up and that of PGD-AT); momentum and normalisation
+# are those of the authors' code. MNIST is not in the paper: eps as usual there, gamma in proportion to it, the rest
+# ours; `digits` is a smoke test.
 CIFAR = dict(model="resnet18", normalize="dataset", epochs=200, batch_size=128, lr=0.1, lr_warmup=0, weight_decay=2e-4,
              momentum=0.9, val=0, eps=8 / 255, gamma=1.9 / 255, beta=0.1, warmup=5, attack_steps=10, select_steps=None,
              step_size=2 / 255, eps_min=0.0, targeted=False)
@@ -76,7 +77,7 @@ def parse(argv=None):
     flag("--step-size", type=common.unit, help="smallest step of PGD, in [0, 1] units (the paper's)")
     flag("--targeted", action=argparse.BooleanOptionalAction, help="attack towards a random wrong class (the paper's: "
          "on ImageNet)")
-    flag("--lr-warmup", type=common.natural, help="epochs in which lr rises from 0.1 (the paper's)")
+    flag("--lr-warmup", type=common.natural, help="epochs in which lr, where it is above 0.1, rises from there (ours)")
     common.workers_flag(parser)
     args = parser.parse_args(argv)
     common.refuse_unused(args, "method", {name: methods for name, methods in USES.items() if not (

@@ -8,7 +8,7 @@ sample of the batch alone):
 
     python sat_rx.py --method r2 --dataset digits               # bundled real digits: no download, a minute on a CPU
     python sat_rx.py --method r2 --dataset mnist                # the paper's settings: LeNet+, 20 epochs, eps 0.3
-    python sat_rx.py --method r3 --init r1.pt --epochs 15       # table 9: goes on from another method's weights
+    python sat_rx.py --method r3 --dataset mnist --init r1.pt   # table 9: goes on from another method's weights
 """
 
 import time

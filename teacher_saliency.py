@@ -22,9 +22,9 @@ from torch import nn
 
 import common
 
-# The paper's settings (section 5); momentum, weight decay and the teacher's schedule are those of the family of codes
-# it builds on, validation images ours. gamma2 is gamma in phase 2. MNIST is not in the paper: shortened; `digits` is a
-# smoke test.
+# The paper's settings (section 5); momentum, weight decay, the teacher's schedule and its PGD's step are those of the
+# family of codes it builds on, validation images ours. gamma2 is gamma in phase 2. MNIST is not in the paper:
+# shortened; `digits` is a smoke test.
 CIFAR10 = dict(model="wrn-32-10", normalize="image", batch_size=32, lr=0.1, weight_decay=2e-4, momentum=0.9, val=1000,
                eps=8 / 255, beta=2.0, gamma=10.0, gamma2=20.0, align_epochs=100, k_epochs=15, ks="90,80,70,60,50",
                teacher_epochs=100, attack_steps=7, step_size=2 / 255)
@@ -76,7 +76,8 @@ def parse(argv=None):
          "student and teacher, in [0, 1] units (%(default)s)")
     flag("--teacher-epochs", type=common.count, help="epochs of the teacher's PGD training, or of its new last layer")
     flag("--attack-steps", type=common.count, help="steps of the teacher's PGD (the paper's)")
-    flag("--step-size", type=common.unit, help="step of the teacher's PGD, in [0, 1] units (the paper's)")
+    flag("--step-size", type=common.unit, help="step of the teacher's PGD and the smallest of "
+         "validation's, in [0, 1] units (the family of codes')")
     args = parser.parse_args(argv)
     if args.epochs:
         raise common.UsageError("--epochs follows from --align-epochs, --ks and --k-epochs")
@@ -174,7 +175,7 @@ def discriminator_loss(discriminators, pairs):
 
 
 def phase(epoch, args):
-    """(k or None, learning rate) of an epoch, from 0: lr falls linearly to a hundredth, in phase 2 by another tenth."""
+    """(k or None, learning rate) of an epoch, from 0: lr falls linearly to a hundredth, then to a tenth of that."""
     if epoch < args.align_epochs:
         return None, args.lr * (1 - 0.99 * epoch / max(1, args.align_epochs - 1))
     done, left = epoch - args.align_epochs, max(1, args.epochs - args.align_epochs - 1)

@@ -177,7 +177,7 @@ def test_crops_without_flips():
 
 
 @pytest.mark.parametrize("flags", [[], ["--constraint", "dual"], ["--adversary", "pgd"], ["--strategy", "trades"],
-                                   ["--strategy", "vanilla"]], ids=" ".join)
+                                   ["--strategy", "madry"], ["--strategy", "vanilla"]], ids=" ".join)
 def test_launch_resume_evaluate(tmp_path, flags, capsys):
     """Both phases in one go equal two interruptions, one in each phase; the first phase's network is a run of its own,
     from which --init starts the second."""
