@@ -822,10 +822,11 @@ def open_checkpoint(args, device):
                        best=dict(epoch=None, state_dict=model.net.state_dict()), last=None)
 
 
-def trained_eps(checkpoint):
-    """The L-infinity radius that training aimed at, in [0, 1] units; for DRA, whose eps is a mean change, PGD's."""
+def trained_eps(checkpoint, normalized):
+    """The L-infinity radius that training aimed at, for DRA, whose eps is a mean change, PGD's: in [0, 1] units, or
+    as it was given where --normalized-eps asks for it."""
     args = checkpoint["args"]
-    scale = common.pixel_scale(checkpoint["dataset"]) if args.get("normalized_eps") else 1
+    scale = common.pixel_scale(checkpoint["dataset"]) if args.get("normalized_eps") and not normalized else 1
     return args.get("pgd_eps", args["eps"]) * scale
 
 
@@ -973,7 +974,8 @@ def main():
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
     dataset = checkpoint["dataset"]
-    eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else trained_eps(checkpoint))
+    eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else
+                       trained_eps(checkpoint, args.normalized_eps))
     if args.alignment and common.DATASETS[dataset]["classes"] > 100:
         raise common.UsageError(f"--alignment takes every logit's gradient: {dataset} has too many classes")
     todo = plan(args, dataset, eps, device)

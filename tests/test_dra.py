@@ -149,6 +149,9 @@ def test_schedule_and_settings():
     assert 255 * dra_finetune.eps_at(0, scaled) == pytest.approx(2 * (0.2470 + 0.2435 + 0.2616) / 3)
     mnist = dra_finetune.parse(["--dataset", "mnist"])
     assert {dra_finetune.eps_at(epoch, mnist) for epoch in range(50)} == {0.1}
+    aimed = [evaluate.trained_eps(dict(dataset="cifar10", args=vars(scaled)), asked) for asked in (False, True)]
+    assert [255 * eps for eps in aimed] == [pytest.approx(5.1 * common.pixel_scale("cifar10")), pytest.approx(5.1)]
+    assert 255 * evaluate.trained_eps(dict(dataset="cifar10", args=vars(args)), False) == pytest.approx(5.1)
     large = dra_finetune.parse(["--dataset", "mnist", "--eps", "0.3"])
     assert {dra_finetune.eps_at(epoch, large) for epoch in range(50)} == {0.3}
     assert dra_finetune.parse(["--epochs", "6"]).clean_epochs == 1
@@ -181,9 +184,10 @@ def test_crops_without_flips():
 def test_launch_resume_evaluate(tmp_path, flags, capsys):
     """Both phases in one go equal two interruptions, one in each phase; the first phase's network is a run of its own,
     from which --init starts the second."""
-    words = [*SHORT, *flags, "--epochs", "3", "--pretrain-epochs", "2", "--clean-epochs", "0"]
+    vanilla, two = "vanilla" in flags, "--strategy" not in flags
+    words = [*(SHORT[:-2] if vanilla else SHORT), *flags, "--epochs", "3"]
+    words += two * ["--pretrain-epochs", "2", "--clean-epochs", "0"]
     run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "whole.pt")
-    two = "--strategy" not in flags
     at = (2, 5) if two else (2,)
     run_interrupted(dra_finetune.main, "dra_finetune.py", at, *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
@@ -204,5 +208,5 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
     outcomes = {o["attack"]: o for o in json.loads((tmp_path / "cut.eval.json").read_text())}
     assert list(outcomes) == ["clean", "pgd-3 normalised", "dra-3:0.02 normalised"]
     scale = common.pixel_scale("digits")
-    assert outcomes["pgd-3 normalised"]["eps"] == pytest.approx(scale * 0.05)
+    assert outcomes["pgd-3 normalised"]["eps"] == pytest.approx(scale * 0.1)
     assert outcomes["dra-3:0.02 normalised"]["p"] == 0.5
