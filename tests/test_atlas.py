@@ -241,7 +241,7 @@ def test_paper_settings():
 @pytest.mark.parametrize("loss", ["atlas", "adv", "trades", "jac", "tradesjac"])
 def test_launch_resume_evaluate(tmp_path, loss):
     """Two epochs in one go equal one, an interruption, and another; evaluate.py reads what is written."""
-    words = [*SHORT, "--loss", loss, "--epochs", "2"]
+    words = [*(SHORT[:-2] if loss == "jac" else SHORT), "--loss", loss, "--epochs", "2"]
     run_main(atlas.main, "atlas.py", *words, "--ckpt", tmp_path / "whole.pt")
     run_interrupted(atlas.main, "atlas.py", (2,), *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))

@@ -12,7 +12,7 @@ import teacher_saliency as saliency
 from conftest import check_slopes, plain, random_mnist, run_interrupted, run_main
 
 SHORT = ["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--val", "40", "--align-epochs", "2", "--ks",
-         "80,50", "--k-epochs", "1", "--teacher-epochs", "2", "--attack-steps", "2", "--lr", "0.01"]
+         "80,50", "--k-epochs", "1", "--teacher-epochs", "2", "--lr", "0.01", "--attack-steps", "2"]
 
 
 def small(*flags):
@@ -108,7 +108,7 @@ def test_nobody_moves_anothers_weights(tmp_path, monkeypatch):
     run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "first.pt")
     before = {name: value.clone() for name, value in teachers[0].state_dict().items()}
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt", "--teacher",
+    run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--ckpt", tmp_path / "run.pt", "--teacher",
              tmp_path / "first.teacher.pt")
     assert {tuple(row) for row in seen} == {(True, False, False), (False, True, False), (False, True, True)}
     assert all(torch.equal(value, before[name]) for name, value in teachers[1].state_dict().items())
@@ -170,7 +170,8 @@ def test_a_teacher_of_another_data_set(tmp_path):
     random_mnist(tmp_path)
     run_main(sat_rx.main, "sat_rx.py", "--dataset", "mnist", "--data-dir", tmp_path, "--method", "nt", "--epochs", 1,
              "--val", 0, "--ckpt", elsewhere)
-    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt", "--teacher", elsewhere)
+    run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--ckpt", tmp_path / "run.pt", "--teacher",
+             elsewhere)
     given, teacher = (torch.load(path, weights_only=True)["last"]["state_dict"]
                       for path in (elsewhere, tmp_path / "run.teacher.pt"))
     head = [name for name in given if name.startswith("9.")]
