@@ -12,6 +12,7 @@ Measured on MNIST alone, one seed, cnn-small, in % (README.md): clean 98.7, PGD-
 """
 
 import argparse
+import functools
 import time
 
 import torch
@@ -35,10 +36,9 @@ WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no 
               "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},
 }  # not printed: tradesjac for several steps, and on MNIST, where it has one-step ATLAS's
 WEIGHTS["digits"] = WEIGHTS["mnist"]
-USES = {"alpha": ("atlas", "jac", "tradesjac"), "projections": ("atlas", "jac", "tradesjac"),
-        "beta": ("atlas", "trades", "tradesjac"), "steps": ("atlas", "adv", "trades", "tradesjac"),
-        "ramp": ("atlas", "adv", "trades", "tradesjac"),
-        "clip_start": ("atlas", "adv", "trades", "tradesjac")}  # flag -> the losses that read it
+LOCAL, ATTACKED = ("atlas", "jac", "tradesjac"), ("atlas", "adv", "trades", "tradesjac")
+USES = {"alpha": LOCAL, "projections": LOCAL, "beta": ("atlas", "trades", "tradesjac"), "steps": ATTACKED,
+        "ramp": ATTACKED, "clip_start": ATTACKED}  # flag -> the losses that read it
 
 # Differences from the paper
 # - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, without the factor 1/2 of the public
@@ -99,17 +99,12 @@ def jacobian_norm(logits, x, projections=1, differentiable=True):
     return logits.shape[1] * total / projections
 
 
-def open_start(x, eps):
-    """Uniform in the eps-ball, not clipped to [0, 1]; the attack's result is."""
-    return x + eps * torch.empty_like(x).uniform_(-1, 1)
-
-
 def adversary(model, x, y, eps, args):
     """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a random start (appendix B)."""
     if args.loss == "jac" or eps == 0:
         return x
     target, loss = y, common.cross_entropy
-    start = common.uniform_start if args.clip_start or args.steps > 1 else open_start
+    start = functools.partial(common.uniform_start, clip=args.clip_start or args.steps > 1)
     if args.loss in ("trades", "tradesjac"):
         with common.model_mode(model, args.attack_mode):  # not under no_grad: autocast would keep such weights
             target, loss = model(x).detach(), common.kl

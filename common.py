@@ -699,9 +699,10 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
     return result
 
 
-def uniform_start(x, eps):
-    """PGD's random start: uniform in the eps-ball, clipped to [0, 1]."""
-    return (x + eps * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
+def uniform_start(x, eps, clip=True):
+    """PGD's random start: uniform in the eps-ball, clipped to [0, 1] unless told otherwise."""
+    start = x + eps * torch.empty_like(x).uniform_(-1, 1)
+    return start.clamp(0, 1) if clip else start
 
 
 def gaussian_start(x, eps):

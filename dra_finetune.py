@@ -38,7 +38,7 @@ STRATEGIES = {"finetune": "clean and adversarial updates in turn after a first p
               "vanilla": "clean images alone: the first phase"}
 ATTACKED = ("finetune", "madry", "trades")
 USES = {"adversary": ATTACKED, "p": ATTACKED, "eps_end": ATTACKED, "attack_steps": ATTACKED, "clean_epochs": ATTACKED,
-        "pretrain_epochs": ("finetune",), "pretrain_lr": ("finetune",), "lam": ("trades",), "dual_lr": ("finetune",)}
+        "pretrain_epochs": ("finetune",), "pretrain_lr": ("finetune",), "lam": ("trades",)}  # flag -> who reads it
 
 # Differences from the paper
 # - A step is alpha g / mean |g|, not alpha g / sum |g|: divided by the sum, eps 1/255 or 2/255 changes nothing.

@@ -247,6 +247,19 @@ def test_saved_images_reproduce_the_accuracy(digits_run, tmp_path):
             assert (logits.argmax(1).numpy() == labels).mean() == outcome["accuracy"] < 1
 
 
+def interrupt_pgd(monkeypatch, number):
+    """Make the NUMBERth call of PGD's a KeyboardInterrupt; returns the list that grows with every call."""
+    real, calls = evaluate.run_pgd, []
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    monkeypatch.setitem(evaluate.ATTACKS, "pgd", evaluate.ATTACKS["pgd"]._replace(run=counted))
+    return calls
+
+
 def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
     """Stopped in the third batch of the second attack and started again: batches done are not attacked again, what was
     finished is not measured again, and the outcome is that of an uninterrupted evaluation."""
@@ -254,15 +267,9 @@ def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
     whole = tmp_path / "whole.pt"
     shutil.copy(digits_run, whole)
     evaluate_main("--ckpt", whole, *words)
-    real, calls, clock = evaluate.run_pgd, [], itertools.count(0, 60)
+    clock = itertools.count(0, 60)
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))  # half a minute passes in every batch
-
-    def counted(*args, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-    monkeypatch.setitem(evaluate.ATTACKS, "pgd", evaluate.ATTACKS["pgd"]._replace(run=counted))
+    calls = interrupt_pgd(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate_main("--ckpt", digits_run, *words)
     monkeypatch.setattr(common, "fgsm", None)  # would fail
@@ -279,36 +286,31 @@ def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
     assert read(tmp_path / "run.eval.json") == read(tmp_path / "whole.eval.json")
 
 
-def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path, monkeypatch):
-    """What one of the restarts' images breaks is broken; the worst case over attacks is taken sample by sample. Images
-    that were made before an interruption are not made again."""
+def test_interrupted_transfer_images_go_on(digits_run, tmp_path, monkeypatch):
+    """Images that were made before an interruption are not made again, and all are those of an uninterrupted run."""
+    source, whole = tmp_path / "source.pt", tmp_path / "whole.pt"
+    shutil.copy(digits_run, source), shutil.copy(digits_run, whole)
+    words = ["--ckpt", digits_run, "--attacks", "clean", "--transfer", "pgd-3x3", "--limit", 60, "--eps", "0.14",
+             "--batch-size", 20, "--surrogate"]
+    calls = interrupt_pgd(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_main(*words, source)
+    assert len(list(tmp_path.glob("source.*.part.npy"))) == 1
+    evaluate_main(*words, source)
+    assert len(calls) == 9 + 1 and not list(tmp_path.glob("source.*.part.npy"))
+    evaluate_main(*words, whole, "--overwrite")
+    assert len(calls) == 10 + 9
+    ours, theirs = (np.load(next(tmp_path.glob(f"{name}.pgd-3x3-*.npy"))) for name in ("source", "whole"))
+    assert np.isfinite(ours).all() and np.array_equal(ours, theirs)
+
+
+def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path):
+    """What one of the restarts' images breaks is broken; the worst case over attacks is taken sample by sample."""
     source = tmp_path / "source.pt"
     shutil.copy(digits_run, source)
-    words = ["--ckpt", digits_run, "--attacks", "clean", "--surrogate", source, "--limit", 60, "--eps", "0.14",
-             "--transfer", "pgd-3x3"]
-    evaluate_main(*words)
-    real, calls = evaluate.run_pgd, []
-
-    def counted(*args, **options):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-    monkeypatch.setitem(evaluate.ATTACKS, "pgd", evaluate.ATTACKS["pgd"]._replace(run=counted))
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_main(*words, "--batch-size", 20)
-    assert len(list(tmp_path.glob("source.*.part.npy"))) == 1
-    evaluate_main(*words, "--batch-size", 20)
-    assert len(calls) == 9 + 1 and not list(tmp_path.glob("source.*.part.npy"))
-    again = {path: np.load(path) for path in tmp_path.glob("source.pgd-3x3-*.npy")}
-    assert len(again) == 2 and all(np.isfinite(array).all() for array in again.values())
-    (tmp_path / "whole").mkdir()
-    whole = [tmp_path / "whole" / "source.pt" if word == source else word for word in words]
-    shutil.copy(source, tmp_path / "whole")
-    evaluate_main(*whole, "--batch-size", 20, "--overwrite")
-    one, = (tmp_path / "whole").glob("source.pgd-3x3-*.npy")
-    assert np.array_equal(np.load(one), again[tmp_path / one.name])
-    images = torch.from_numpy(np.load(one))
+    words = ["--attacks", "clean", "--surrogate", source, "--limit", 60, "--eps", "0.14"]
+    evaluate_main("--ckpt", digits_run, *words, "--transfer", "pgd-3x3")
+    images = torch.from_numpy(np.load(next(tmp_path.glob("source.pgd-3x3-*.npy"))))
     model, _ = common.load_model(digits_run)
     y = evaluate.load_test("digits", "data", 60, "cpu").labels
     right = torch.stack([evaluate.logits_of(model, x).argmax(1) == y for x in images])
