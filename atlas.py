@@ -22,7 +22,7 @@ import common
 # The paper's settings (appendix B). MNIST's "4-layer CNN" of two convolutional and two fully connected layers is not
 # printed: LeNet+ is one. Momentum on MNIST is ours. `digits` is a smoke test, its settings are ours.
 CIFAR = dict(model="wrn-28-8", normalize="none", epochs=100, batch_size=64, lr=0.1, weight_decay=2e-4, momentum=0.9,
-             val=5000, eps=8 / 255, step_size=0.007, val_steps=10, ramp=15, clip_start=True)
+             val=5000, eps=8 / 255, fgsm_step=1.25, step_size=0.007, val_steps=10, ramp=15, clip_start=True)
 MNIST = dict(CIFAR, model="lenet+", batch_size=128, lr=0.01, weight_decay=0.0, eps=0.3, step_size=0.01, val_steps=20,
              clip_start=False)
 DIGITS = dict(MNIST, epochs=30, batch_size=32, lr=0.02, val=237, eps=0.1, step_size=0.02, val_steps=10, ramp=4)
@@ -34,15 +34,16 @@ WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no 
                  "tradesjac": [(2e-4, 0.5)] * 2, "adv": [(0.0, 0.0)] * 2},
     "mnist": {"atlas": [(1e-5, 0.3), (5e-6, 0.2)], "trades": [(0.0, 1.0)] * 2, "jac": [(0.5, 0.0)] * 2,
               "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},
-}  # not printed: tradesjac for several steps, and on MNIST, where it has one-step ATLAS's
+}  # not printed: tradesjac for several steps, and on MNIST, where it has one-step ATLAS's; what ATLAS-l and -g had
 WEIGHTS["digits"] = WEIGHTS["mnist"]
 LOCAL, ATTACKED = ("atlas", "jac", "tradesjac"), ("atlas", "adv", "trades", "tradesjac")
 USES = {"alpha": LOCAL, "projections": LOCAL, "beta": ("atlas", "trades", "tradesjac"), "steps": ATTACKED,
-        "ramp": ATTACKED, "clip_start": ATTACKED}  # flag -> the losses that read it
+        "ramp": ATTACKED, "clip_start": ATTACKED, "fgsm_step": ATTACKED}  # flag -> the losses that read it
 
 # Differences from the paper
-# - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, without the factor 1/2 of the public
-#   package that the paper cites: an alpha of its authors may mean half of ours.
+# - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, squared as the text has it; eqs. 2, 6 and
+#   12 print no square. The public package that the paper cites has a factor of 1/2: an alpha of its authors may mean
+#   half of ours. Zero-step JAC's alpha is too strong for its row of table 1 so (README.md).
 # - One step: on CIFAR the random start is clipped to [0, 1] before its gradient is taken, on MNIST it is not, as in the
 #   code of Wong et al., whose advice the paper follows. Clipped, a black pixel ends at 0 or eps and nowhere between.
 # - Attacks see BatchNorm in eval mode (--attack-mode train: the other, as in the one-step ADV that the paper follows).
@@ -64,11 +65,13 @@ def parse(argv=None):
     flag = parser.add_argument
     flag("--loss", choices=["atlas", "adv", "trades", "jac", "tradesjac"], default="atlas", help="ATLAS (with --beta 0 "
          "ATLAS-l, with --alpha 0 ATLAS-g), ADV, TRADES, zero-step JAC or TradesJac (%(default)s)")
-    flag("--steps", type=common.count, help="steps of the training attack; 1: FGSM of 1.25 eps from a random start, "
-         "more: PGD (1)")
+    flag("--steps", type=common.count, help="steps of the training attack; 1: FGSM from a random start, more: PGD (1)")
+    flag("--fgsm-step", type=common.number(0, above=True), help="length of one step in units of eps (the paper's 1.25; "
+         "fig. 4: 1.5, 1.8)")
     flag("--clip-start", action=argparse.BooleanOptionalAction, help="clip one step's random start to [0, 1] before "
          "its gradient is taken (Wong et al.'s: on CIFAR, not on MNIST)")
-    flag("--step-size", type=common.unit, help="PGD's step, in training and validation, in [0, 1] units (the paper's)")
+    flag("--step-size", type=common.unit, help="PGD's step, of several steps and of validation, in [0, 1] units (the "
+         "paper's)")
     flag("--alpha", type=common.number(0), help="weight of the Jacobian term (the paper's for --loss and --steps)")
     flag("--beta", type=common.number(0), help="weight of the KL term (the paper's for --loss and --steps)")
     flag("--projections", type=common.count, help="random projections of the Jacobian (1)")
@@ -80,9 +83,12 @@ def parse(argv=None):
     if args.val == 0:
         raise common.UsageError("--val 0: validation guides the learning rate and ends training, it cannot be empty")
     common.refuse_unused(args, "loss", USES)
-    alpha, beta = WEIGHTS[args.dataset][args.loss][(args.steps or 1) > 1]
+    args.steps = args.steps or 1
+    if args.steps > 1 and (args.clip_start, args.fgsm_step) != (None, None):
+        raise common.UsageError("--clip-start and --fgsm-step are for one step")
+    alpha, beta = WEIGHTS[args.dataset][args.loss][args.steps > 1]
     ramp = 0 if args.loss == "jac" else PAPER[args.dataset]["ramp"]
-    return common.resolve(args, dict(PAPER[args.dataset], ramp=ramp, alpha=alpha, beta=beta, steps=1, projections=1))
+    return common.resolve(args, dict(PAPER[args.dataset], ramp=ramp, alpha=alpha, beta=beta, projections=1))
 
 
 def jacobian_norm(logits, x, projections=1, differentiable=True):
@@ -99,18 +105,19 @@ def jacobian_norm(logits, x, projections=1, differentiable=True):
     return logits.shape[1] * total / projections
 
 
-def adversary(model, x, y, eps, args):
-    """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a random start (appendix B)."""
+def adversary(model, x, y, eps, args, mode=None):
+    """x' in the eps-ball: x for JAC; else one FGSM step of 1.25 eps, or PGD, from a random start (appendix B). mode: of
+    BatchNorm, --attack-mode by default."""
     if args.loss == "jac" or eps == 0:
         return x
-    target, loss = y, common.cross_entropy
+    target, loss, mode = y, common.cross_entropy, mode or args.attack_mode
     start = functools.partial(common.uniform_start, clip=args.clip_start or args.steps > 1)
     if args.loss in ("trades", "tradesjac"):
-        with common.model_mode(model, args.attack_mode):  # not under no_grad: autocast would keep such weights
+        with common.model_mode(model, mode):  # not under no_grad: autocast would keep such weights
             target, loss = model(x).detach(), common.kl
         start = common.gaussian_start if args.steps > 1 else start
-    step = 1.25 * eps if args.steps == 1 else min(args.step_size, eps)
-    return common.pgd(model, x, target, eps, step, args.steps, start, loss=loss, mode=args.attack_mode)
+    step = args.fgsm_step * eps if args.steps == 1 else min(args.step_size, eps)
+    return common.pgd(model, x, target, eps, step, args.steps, start, loss=loss, mode=mode)
 
 
 def atlas_loss(model, x, y, growth, args):
@@ -160,27 +167,36 @@ def guide(history, lr, ramp, plateau, patience):
 
 
 def validate(model, val, args, device, precision):
-    """Accuracy on clean images and under PGD at the full eps, and the Jacobian's estimate at clean images."""
+    """Accuracy on clean images, under PGD and under the attack of training, both at the full eps, and the Jacobian's
+    estimate at the latter's images (fig. 11)."""
     def attack(x, y):
         return common.pgd(model, x, y, args.eps, args.step_size, args.val_steps)
-    norms = []
+    weak, norms = [], []
     with common.autocast(device, precision), common.model_mode(model, "eval"):
         clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
         for x, y, _ in common.eval_batches(val, 100):
-            x.requires_grad_(True)
-            norms.append(jacobian_norm(model(x), x, differentiable=False))
-    return {"val/clean": clean, "val/robust": robust, "val/jacobian": torch.cat(norms).mean().item()}
+            x_adv = adversary(model, x, y, args.eps, args, mode="eval").requires_grad_(True)
+            logits = model(x_adv)
+            weak.append(logits.argmax(1) == y)
+            norms.append(jacobian_norm(logits, x_adv, differentiable=False))
+    return {"val/clean": clean, "val/robust": robust, "val/weak": torch.cat(weak).float().mean().item(),
+            "val/jacobian_adv": torch.cat(norms).mean().item()}
+
+
+def overfits(history):
+    """Catastrophic overfitting (appendix E), by a rule of ours: since the best epoch robust accuracy has fallen by 10
+    points, and the Jacobian's estimate at the adversary has doubled."""
+    best, now = max(history, key=lambda row: row["val/robust"]), history[-1]
+    return now["val/robust"] < best["val/robust"] - 0.1 and now["val/jacobian_adv"] > 2 * best["val/jacobian_adv"]
 
 
 def announce_overfitting(history):
-    """Catastrophic overfitting (appendix E), by a rule of ours: from one epoch to the next the Jacobian's estimate at
-    clean images doubles while robust accuracy falls by 10 points."""
-    if len(history) > 1:
-        before, now = history[-2:]
-        if now["val/robust"] < before["val/robust"] - 0.1 and now["val/jacobian"] > 2 * before["val/jacobian"]:
-            robust, jacobian = ([row[name] for row in (before, now)] for name in ("val/robust", "val/jacobian"))
-            print("catastrophic overfitting: robust accuracy falls from {:.3f} to {:.3f}, ||J||^2 rises from {:.3g} to "
-                  "{:.3g}".format(*robust, *jacobian), flush=True)
+    """Say so where an epoch overfits and the one before did not."""
+    if overfits(history) and not overfits(history[:-1]):
+        best, now = max(history, key=lambda row: row["val/robust"]), history[-1]
+        robust, jacobian = ([row[name] for row in (best, now)] for name in ("val/robust", "val/jacobian_adv"))
+        print("catastrophic overfitting: robust accuracy has fallen from {:.3f} to {:.3f}, ||J(x')||^2 risen from "
+              "{:.3g} to {:.3g}".format(*robust, *jacobian), flush=True)
 
 
 def main():

@@ -647,7 +647,7 @@ def draw_training(plt, scene):
     for ax, prefix, label in zip(axes, ("train/", "val/"), ("training terms", "validation accuracy (%)")):
         for name in (name for name in history[-1] if name.startswith(prefix)):
             values = [row.get(name, np.nan) for row in history]
-            if prefix == "train/" or max(values) <= 1:
+            if prefix == "train/" or max(values) <= 1 and "jacobian" not in name:
                 scale = 1 if prefix == "train/" else 100
                 ax.plot([row["epoch"] for row in history], [scale * v for v in values], label=name[len(prefix):])
         ax.set(xlabel="epoch", ylabel=label)
@@ -658,26 +658,32 @@ def draw_training(plt, scene):
 
 def draw_eps(plt, scene):
     """IAAT: histograms of the images' eps as training goes, its mean and three images' over epochs, and the training
-    images of the lowest and highest eps, clean and under PGD-40 at 2 eps (IAAT figs. 2, 5, 7, 8)."""
+    images of the lowest and highest eps after the last, clean and under PGD-40 at 16/255, or at the eps of evaluation
+    where it is larger (IAAT figs. 2, 5, 7, 8)."""
     state, history = scene.checkpoint.get("method_state") or {}, scene.checkpoint["history"]
     if not state.get("snapshots"):
         return None
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     grid = figure.add_gridspec(6, 10)
     left, right = figure.add_subplot(grid[:2, :5]), figure.add_subplot(grid[:2, 5:])
-    train = common.load_split(scene.checkpoint["dataset"], scene.data_dir, "train", scene.test.labels.device)
-    memory = state["memory"].cpu()
-    used = (memory != scene.checkpoint["args"]["eps"]).nonzero()[:, 0]  # not those kept for validation
-    edges = np.linspace(255 * memory[used].min(), 255 * memory[used].max(), 40)
+    own = scene.checkpoint["args"]
+    train, _ = common.load_train(own["dataset"], scene.data_dir, own["val"], own["limit"], scene.test.labels.device)
+    used = train.index.cpu()
+
+    def eps_of(memory):  # what was used of it, of 255
+        return 255 * memory.cpu()[used].clamp(min=own["eps_min"])
+    memory = eps_of(state["memory"])
+    low, high = memory.min().item(), memory.max().item()
+    edges = np.linspace(low, max(high, low + 1), 40)
     for epoch in list(state["snapshots"])[1::2]:
-        left.hist(255 * state["snapshots"][epoch][used].numpy(), edges, histtype="step", label=f"epoch {epoch}")
+        left.hist(eps_of(state["snapshots"][epoch]).numpy(), edges, histtype="step", label=f"epoch {epoch}")
     for name in (name for name in history[-1] if name == "eps/mean" or name.startswith("eps/image")):
         right.plot([row["epoch"] for row in history], [row[name] for row in history], label=name[4:].replace("_", " "))
     left.set(xlabel="eps (of 255)", ylabel="training images")
     right.set(xlabel="epoch", ylabel="eps (of 255)")
     left.legend(fontsize=7), right.legend(fontsize=7)
-    order = used[memory[used].argsort()]
-    attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], min(1.0, 2 * scene.eps))
+    order = memory.argsort()
+    attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], max(16 / 255, scene.eps))
     common.seed_stream(scene.seed, "eps")
     for line, (name, rows) in enumerate({"lowest": order[:10], "highest": order[-10:]}.items()):
         x, y = next(common.read(train, [rows])), train.labels[rows]
@@ -688,8 +694,7 @@ def draw_eps(plt, scene):
             for row, image in enumerate((x[column], x_adv[column])):
                 ax = figure.add_subplot(grid[2 + 2 * line + row, column])
                 show(ax, image)
-                radius = 255 * memory[rows[column]]
-                ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {radius:.1f}", fontsize=8)
+                ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
                 if not column:
                     ax.set_ylabel(f"PGD {attack.eps:.2g}" if row else f"{name} eps", fontsize=8)
     return figure

@@ -43,21 +43,25 @@ USES = {"gamma": OWN, "beta": ("iaat",), "warmup": OWN, "eps_min": OWN, "select_
         "step_size": ATTACKED, "targeted": ATTACKED}  # flag -> the methods that read it
 
 # Differences from the paper
-# - The memory starts at eps_w and stays so during the warm-up; in the authors' code it starts at 0, and the warm-up
-#   writes it: eps_w, or 0 for misclassified images, which later train at their shrunken eps. Ours train on the clean
-#   image (algorithm 1, line 11).
+# - The memory starts at eps_w and stays so during the warm-up, or without one at 0; in the authors' code it starts at
+#   0, and the warm-up writes it: eps_w, or 0 for misclassified images, which later train at their shrunken eps. Ours
+#   train on the clean image (algorithm 1, line 11).
 # - Whether f(x_i) is right (line 9) and holds (algorithm 2) is asked with BatchNorm in the attack's mode, eval by
 #   default; the authors' code attacks in train mode: --attack-mode train.
 # - The second candidate is attacked only where the first failed; in train mode everywhere, or BatchNorm would see only
 #   the hard images. In eval mode the result is the same.
 # - Every PGD with an eps of its own steps by max(step size, eps_i / (0.5 steps)), as in the authors' code.
 # - Line search: the grid is gamma, 2 gamma ... 4 eps, its first radius that fails ends it; neither is printed.
-# - Mixup: lambda from Beta(1, 1), on the adversarial images; not printed.
+# - Mixup: lambda from Beta(1, 1), on the adversarial images alone; not printed.
+# - The adversarial and the clean images of line 11 pass the network as one batch, and its BatchNorm with them.
+# - bfloat16 where the hardware has it, also for the choice of eps and for validation; the paper trains so on ImageNet
+#   alone, and there with FP-16 attacks. evaluate.py is in float32.
 # - With --epochs, lr falls after the same shares of the epochs.
 # - CIFAR images are padded by reflection, as in the authors' code.
 # - ImageNet: the length of lr's warm-up is not printed; 5 epochs, rising step by step from 0.1, as in the recipe it
-#   cites; nothing else of that recipe is taken over. Every attack of an image draws its target anew. BatchNorm's
-#   statistics are each process's own, and averaged after the epoch.
+#   cites; nothing else of that recipe is taken over, nor of the code of Xie et al., whose setting the paper follows,
+#   label smoothing and the fifth of the batches whose PGD starts at the clean image. Every attack of an image draws its
+#   target anew. BatchNorm's statistics are each process's own, and averaged after the epoch.
 
 
 def parse(argv=None):
@@ -69,7 +73,8 @@ def parse(argv=None):
          help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (%(default)s)")
     flag("--gamma", type=common.unit, help="how far an eps is tried to grow or shrink, in [0, 1] units (the paper's)")
     flag("--beta", type=common.number(0, 1), help="share of the new eps in the memory's average (the paper's)")
-    flag("--warmup", type=common.natural, help="epochs with eps for all images; 0: none, tables 5 and 6 (the paper's)")
+    flag("--warmup", type=common.natural, help="epochs with eps for all images; 0: none, every eps starts at 0, "
+         "tables 5 and 6 (the paper's)")
     flag("--eps-min", type=common.number(0, 1), help="lower bound on the eps that is used (the paper's)")
     flag("--attack-steps", type=common.count, help="steps of PGD (the paper's)")
     flag("--select-steps", type=common.count, help="steps of the PGD by which eps is selected (the paper's: 10 on "
@@ -83,7 +88,8 @@ def parse(argv=None):
     common.refuse_unused(args, "method", {name: methods for name, methods in USES.items() if not (
         args.val and methods == ATTACKED)})  # validation attacks every method's network
     model = args.model or PAPER[args.dataset]["model"]
-    common.resolve(args, {**PAPER[args.dataset], **MODEL.get(model, {})})
+    table_10 = MODEL.get(model, {}) if args.dataset.startswith("cifar") else {}
+    common.resolve(args, {**PAPER[args.dataset], **table_10})
     args.batch_size = args.batch_size or 32 * common.ranks()[1]  # table 11: for each GPU; lr in proportion to all
     args.lr = args.lr or 0.1 * args.batch_size / 256
     args.select_steps = args.select_steps or args.attack_steps
@@ -253,7 +259,8 @@ def main():
     first = run.restore(model, optimizer)
     if summed(torch.tensor([first], device=device)).item() != first * common.ranks()[1]:
         raise common.UsageError(f"--resume: not every process finds {run.resume_path}, put it where all of them do")
-    state = run.method_state or dict(memory=torch.full((int(train.index.max()) + 1,), args.eps), snapshots={})
+    state = run.method_state or dict(
+        memory=torch.full((int(train.index.max()) + 1,), args.eps if args.warmup else 0.0), snapshots={})
     memory = state["memory"].to(device)  # eps of every image, by its index in the training set
     for epoch in range(first, args.epochs):
         started, meter, seen = time.perf_counter(), common.Meter(epoch), []
@@ -280,7 +287,7 @@ def main():
         row["seconds"] = time.perf_counter() - started
         row["cost/ms_per_batch"] = 1000 * row["seconds"] * args.batch_size / len(train.labels)
         if args.method in OWN:
-            row |= eps_row(memory, train.index)
+            row |= eps_row(memory.clamp(min=args.eps_min), train.index)
             if (epoch + 1) % max(1, args.epochs // 8) == 0:  # of fig. 8
                 state["snapshots"][epoch + 1] = memory.cpu().clone()
         if args.val:

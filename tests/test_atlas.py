@@ -92,6 +92,8 @@ def test_adversary():
     inside = (delta < 0.1 - 1e-6).double().mean()  # a start s ends at s + 1.25 eps: inside for s < -0.25 eps, 3 in 8
     assert delta.max() <= 0.1 + 1e-6 and 0.2 < inside < 0.55
     assert common.cross_entropy(model(x_adv), y).mean() > common.cross_entropy(model(x), y).mean()
+    longer = atlas.adversary(model, x, y, 0.1, small("--fgsm-step", "2")[3])
+    assert ((longer - x).abs() > 0.1 - 1e-6).all()  # every start reaches the border
     several = small("--steps", "7", "--step-size", "0.03")[3]
     assert (atlas.adversary(model, x, y, 0.02, several) - x).abs().max() == pytest.approx(0.02)
     assert torch.equal(atlas.adversary(model, x, y, 0.1, small("--loss", "jac")[3]), x)
@@ -210,12 +212,31 @@ def test_the_schedule_is_reduce_on_plateau():
 
 
 def test_overfitting_is_announced(capsys):
-    rows = [{"val/robust": 0.6, "val/jacobian": 5.0}, {"val/robust": 0.3, "val/jacobian": 30.0}]
-    atlas.announce_overfitting(rows[:1] * 2)
-    atlas.announce_overfitting([rows[0], dict(rows[1], **{"val/jacobian": 6.0})])
-    assert capsys.readouterr().out == ""
-    atlas.announce_overfitting(rows)
-    assert "catastrophic overfitting" in capsys.readouterr().out
+    """Once, when robust accuracy is 10 points below its best and the Jacobian at x' has doubled, however slowly."""
+    def say(*rows):
+        atlas.announce_overfitting([{"val/robust": robust, "val/jacobian_adv": norm} for robust, norm in rows])
+        return capsys.readouterr().out
+    assert say((0.6, 5.0)) == say((0.6, 5.0), (0.55, 30.0)) == say((0.6, 5.0), (0.3, 9.0)) == ""
+    assert "from 0.600 to 0.300, ||J(x')||^2 risen from 5 to 30" in say((0.6, 5.0), (0.3, 30.0))
+    assert "from 0.600 to 0.480" in say((0.6, 5.0), (0.56, 8.0), (0.52, 9.0), (0.48, 11.0))
+    assert say((0.6, 5.0), (0.3, 30.0), (0.2, 40.0)) == ""
+
+
+def test_validation_sees_the_attack_of_training():
+    """The Jacobian and the weak attack's accuracy are taken at x'; BatchNorm's statistics stay as they were."""
+    model, x, y, args = small("--attack-mode", "train")
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(1).double(), model).train()
+    split = common.Split((255 * x).round().to(torch.uint8), y, torch.arange(len(x)))
+    before = model[0].running_mean.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(atlas, "jacobian_norm", lambda logits, x, **k: seen.append((logits, x)) or logits.sum(1))
+        row = atlas.validate(model.float(), split, args, torch.device("cpu"), "float32")
+    (logits, x_adv), clean = (t.detach() for t in seen[0]), split.images.float() / 255
+    assert (x_adv - clean).abs().max() == pytest.approx(args.eps, abs=1e-6)
+    assert row["val/weak"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert row["val/jacobian_adv"] == pytest.approx(logits.sum(1).mean().item())
+    assert torch.equal(model[0].running_mean.double(), before) and model.training
 
 
 def test_paper_settings():
@@ -233,7 +254,8 @@ def test_paper_settings():
     assert (ours.dataset, ours.model, ours.lr, ours.batch_size, ours.val) == ("cifar10", "wrn-28-8", 0.1, 64, 5000)
     for flags in (["--loss", "adv", "--alpha", "1"], ["--loss", "trades", "--alpha", "1"],
                   ["--loss", "jac", "--beta", "1"], ["--val", "0"], ["--loss", "jac", "--steps", "2"],
-                  ["--loss", "adv", "--projections", "2"], ["--loss", "jac", "--ramp", "1"]):
+                  ["--loss", "adv", "--projections", "2"], ["--loss", "jac", "--ramp", "1"],
+                  ["--steps", "2", "--no-clip-start"], ["--steps", "2", "--fgsm-step", "2"]):
         with pytest.raises(common.UsageError):
             atlas.parse(flags)
 
@@ -246,14 +268,15 @@ def test_launch_resume_evaluate(tmp_path, loss):
     run_interrupted(atlas.main, "atlas.py", (2,), *words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(v, cut["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
-    assert {"val/clean", "val/robust", "val/jacobian", "cost/passes", "eps"} <= whole["history"][0].keys()
+    logged = {"val/clean", "val/robust", "val/weak", "val/jacobian_adv", "cost/passes", "eps"}
+    assert logged <= whole["history"][0].keys()
     run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.pt", "--attacks", "clean,pgd-3", "--limit", 50)
     assert [o["attack"] for o in json.loads((tmp_path / "cut.eval.json").read_text())] == ["clean", "pgd-3"]
 
 
 def test_no_gain_ends_training(tmp_path, monkeypatch):
     """With patience 1 and an accuracy that never rises, the first epoch after the ramp is the last."""
-    monkeypatch.setattr(atlas, "validate", lambda *a: {"val/clean": 0.5, "val/robust": 0.5, "val/jacobian": 1.0})
+    monkeypatch.setattr(atlas, "validate", lambda *a: {"val/clean": 0.5, "val/robust": 0.5, "val/jacobian_adv": 1.0})
     words = [*SHORT, "--loss", "adv", "--epochs", "9", "--patience", "1", "--ckpt", tmp_path / "run.pt"]
     run_main(atlas.main, "atlas.py", *words)
     assert torch.load(tmp_path / "run.pt", weights_only=True)["last"]["epoch"] == 2

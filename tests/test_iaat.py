@@ -204,6 +204,8 @@ def test_paper_settings():
     assert drops == [70, 90, 100] and iaat.learning_rate(109, args) == pytest.approx(0.1 * 0.2**3)
     assert 255 * args.gamma == pytest.approx(1.9) and (args.beta, args.val, args.normalize) == (0.1, 0, "dataset")
     assert iaat.parse(["--warmup", "0"]).warmup == 0
+    elsewhere = iaat.parse(["--dataset", "imagenet", "--model", "wrn-32-10"])  # table 10 is CIFAR's
+    assert (elsewhere.weight_decay, elsewhere.warmup) == (1e-4, 30)
     for flags in (["--epochs", "5"], ["--method", "line-search", "--gamma", "0.5"],
                   ["--method", "pgd-at", "--beta", "0"], ["--method", "clean", "--targeted"]):
         with pytest.raises(common.UsageError):
@@ -244,6 +246,8 @@ def test_the_eps_of_the_images_are_drawn(tmp_path):
     run_main(iaat.main, "iaat.py", *words)
     model, checkpoint = common.load_model(tmp_path / "run.pt")
     assert list(checkpoint["method_state"]["snapshots"]) == list(range(1, 9))
+    first = checkpoint["method_state"]["snapshots"][1]  # without a warm-up eps starts at 0
+    assert first.min() == 0 and first.max() == pytest.approx(checkpoint["args"]["beta"] * checkpoint["args"]["gamma"])
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -252,6 +256,12 @@ def test_the_eps_of_the_images_are_drawn(tmp_path):
     figure = evaluate.draw_eps(pyplot, scene)
     assert len(figure.axes) == 2 + 40 and len(figure.axes[1].lines) == 4 and len(figure.axes[0].patches) == 4
     assert evaluate.draw_eps(pyplot, scene._replace(checkpoint=dict(checkpoint, method_state=None))) is None
+    state = checkpoint["method_state"]
+    memory = torch.full_like(state["memory"], 0.1)  # within a warm-up
+    state = dict(memory=memory, snapshots=dict.fromkeys(state["snapshots"], memory))
+    figure = evaluate.draw_eps(pyplot, scene._replace(checkpoint=dict(checkpoint, method_state=state)))
+    bars = figure.axes[0].patches[0].get_xy()
+    assert bars[:, 1].max() == checkpoint["args"]["limit"]  # every image that was trained on, no other
 
 
 # ------------------------------------------------------------------------------- ImageNet and several processes
