@@ -664,8 +664,8 @@ def draw_eps(plt, scene):
     if not state.get("snapshots"):
         return None
     figure = plt.figure(figsize=(11, 8), layout="constrained")
-    grid = figure.add_gridspec(6, 10)
-    left, right = figure.add_subplot(grid[:2, :5]), figure.add_subplot(grid[:2, 5:])
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
+    (left, right), panels = above.subplots(1, 2), below.subplots(4, 10)
     own = scene.checkpoint["args"]
     train, _ = common.load_train(own["dataset"], scene.data_dir, own["val"], own["limit"], scene.test.labels.device)
     used = train.index.cpu()
@@ -692,7 +692,7 @@ def draw_eps(plt, scene):
             wrong = logits_of(scene.model, x_adv).argmax(1)
         for column in range(len(rows)):
             for row, image in enumerate((x[column], x_adv[column])):
-                ax = figure.add_subplot(grid[2 + 2 * line + row, column])
+                ax = panels[2 * line + row, column]
                 show(ax, image)
                 ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
                 if not column:
