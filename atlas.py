@@ -207,8 +207,6 @@ def main():
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    if args.init:
-        common.load_init(model, args.init)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
     batches = -(-len(train.labels) // args.batch_size)

@@ -86,10 +86,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high=math.inf, kind=float, above=False):
-    """An argparse type: a number (fractions such as 8/255 too) in [low, high], or in (low, high] if `above`."""
+    """An argparse type: a number (quotients such as 2.5/255 too) in [low, high], or in (low, high] if `above`."""
     def parse(text):
         try:
-            value = kind(text) if kind is int else float(Fraction(text))
+            top, bottom = text.split("/") if kind is float and "/" in text else (text, 1)
+            value = kind(top) if kind is int else float(Fraction(top) / Fraction(bottom))
         except (ValueError, ZeroDivisionError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
         if not low <= value <= high or (above and value == low):
@@ -460,12 +461,18 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, x):
+    def normalized(self, x):
+        """Images as the backbone sees them."""
         if self.normalize == "dataset":
             x = (x - self.mean) / self.std
         elif self.normalize == "image":  # the deviation has the usual floor: a constant image maps to zero
             std = x.flatten(1).std(1, correction=0).clamp(min=x[0].numel() ** -0.5)
             x = (x - x.mean((1, 2, 3), keepdim=True)) / std.view(-1, 1, 1, 1)
+        return x
+
+    def forward(self, x, normalize=True):
+        """Logits (N, classes) of images in [0, 1], or of images as `normalized` returns them."""
+        x = self.normalized(x) if normalize else x
         logits = self.net(x.contiguous() if self.contiguous else x)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
@@ -975,8 +982,11 @@ class Run:
             raise UsageError(f"{self.resume_path} is of a run with other flags: {'; '.join(differ)}")
 
     def restore(self, model, optimizer):
-        """Load the interrupted run, if there is one, into model and optimizer; returns the next epoch, from 0."""
+        """Load the interrupted run, if there is one, into model and optimizer, or else the network of --init; returns
+        the next epoch, from 0."""
         if not self.state:
+            if self.config["init"]:
+                load_init(model, self.config["init"])
             return 0
         load_weights(model, self.state["last"]["state_dict"], self.resume_path)
         optimizer.load_state_dict(self.state["optimizer"])

@@ -13,6 +13,7 @@ Not measured yet: results/ has no network of this script.
 """
 
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch
 import common
 
 # The paper's settings (section V.A). Of the first phase, learning rates and validation images the paper prints nothing:
-# ours. eps, DRA's mean change per value, falls to eps_end over the epochs but the last clean_epochs; p is the share of
-# values that DRA changes; 1/lambda is one of tables II and III, that of table V is not printed.
+# ours. eps, of DRA the mean change per value, falls to eps_end over the epochs but the last clean_epochs; p is the
+# share of values that DRA changes; 1/lambda is one of tables II and III (table I: 1 and 6; table V: not printed).
 CIFAR10 = dict(model="resnet50", normalize="none", epochs=60, batch_size=128, lr=0.01, weight_decay=2e-4, momentum=0.9,
                val=5000, eps=2 / 255, p=1 / 3, attack_steps=5, pretrain_epochs=100, pretrain_lr=0.1, lam=0.05,
                dual_lr=0.1)
@@ -31,8 +32,9 @@ MNIST = dict(CIFAR10, model="lenet+", epochs=50, eps=0.1, p=2 / 3, attack_steps=
              pretrain_lr=0.05, lam=0.1)
 DIGITS = dict(MNIST, epochs=8, batch_size=32, val=237, eps=0.05, attack_steps=10, pretrain_epochs=8)
 PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS}
+PGD_EPS = {"cifar10": 8 / 255, "mnist": 0.3, "digits": 0.1}  # of table I, for training from scratch; digits: ours
 FALLS = {"cifar10": (1 / 4, 1 / 6), "mnist": (1, 0), "digits": (1, 0)}  # eps at the end, share of clean epochs
-PGD_RATIO = {"cifar10": 2.55, "mnist": 3.0, "digits": 2.0}  # PGD's eps for DRA's: section V.C; MNIST, digits: ours
+PGD_RATIO = {"cifar10": 2.55, "mnist": 3.0, "digits": 2.0}  # PGD's eps for DRA's: section V.C (V.B: 2-2.5); else ours
 STRATEGIES = {"finetune": "clean and adversarial updates in turn after a first phase on clean images",
               "madry": "adversarial images alone, from scratch", "trades": "TRADES, from scratch",
               "vanilla": "clean images alone: the first phase"}
@@ -47,12 +49,15 @@ USES = {"adversary": ATTACKED, "p": ATTACKED, "eps_end": ATTACKED, "attack_steps
 # - The attacked network is the one in training, as figure 2 and table V need it, after the clean update of the same
 #   batch; algorithm 1's input says the clean-data network.
 # - MNIST: random crops without flips, which make no sense for digits.
+# - Table I's MART is not here. Tables V and VI: --eps 1/255; whether it fell there is not printed.
 # - lr falls as a cosine within each phase; PGD as an adversary steps by 2.5 eps / steps from a random start.
 # - --constraint dual solves eqs. 8 and 9 as printed, by ascent on lambda against the first phase's loss on the training
-#   images, measured in eval mode without crops; the paper's own training replaces them by the alternation.
+#   images, cropped as in training and with BatchNorm in its mode; eps falls, and no epoch is clean. The paper's own
+#   training replaces them by the alternation.
 # - The last epoch is kept, not the best on validation: the last epochs repair clean accuracy.
 # - TRADES starts from x plus a Gaussian of deviation 0.001, as its own authors' does, with DRA as the adversary, too.
-# - The strategies from scratch keep eps, and train with PGD unless told otherwise, as in tables I to III.
+# - The strategies from scratch keep eps, and train with PGD unless told otherwise, as in tables I to III; that of the
+#   TRADES rows of tables II and III is not printed, table I's is ours.
 
 
 def parse(argv=None):
@@ -67,8 +72,8 @@ def parse(argv=None):
          "lambda times the excess of the clean loss, eqs. 8 and 9 (%(default)s)")
     flag("--p", type=common.number(0, 1), help="share of the values that DRA changes (the paper's)")
     flag("--eps-end", type=common.number(0, 1), help="where eps has fallen to (the paper's)")
-    flag("--pgd-eps", type=common.unit, help="eps of --adversary pgd, which falls alike, and of validation (eps times "
-         "the ratio at which a vanilla network falls to both alike)")
+    flag("--pgd-eps", type=common.unit, help="radius of validation's PGD (that of --adversary pgd; for dra eps "
+         "times the ratio at which a vanilla network falls to both alike)")
     flag("--normalized-eps", action="store_true", help="eps, eps-end and pgd-eps are in units of images divided by the "
          "data set's deviation")
     flag("--attack-steps", type=common.count, help="steps of the adversary (the paper's)")
@@ -81,14 +86,21 @@ def parse(argv=None):
     common.refuse_unused(args, "strategy", USES)
     args.adversary = args.adversary or ("pgd" if args.strategy in ("madry", "trades") else "dra")
     common.refuse_unused(args, "adversary", {"p": ("dra",)})
-    common.refuse_unused(args, "constraint", {"dual_lr": ("dual",)})
-    paper = PAPER[args.dataset]
+    common.refuse_unused(args, "constraint", {"dual_lr": ("dual",), "clean_epochs": ("none",)})
+    if args.init and (args.pretrain_epochs, args.pretrain_lr) != (None, None):
+        raise common.UsageError("--init takes the place of the first phase: it leaves --pretrain-epochs and "
+                                "--pretrain-lr no use")
+    paper, ratio = PAPER[args.dataset], PGD_RATIO[args.dataset]
     end, clean = FALLS[args.dataset] if args.strategy == "finetune" else (1, 0)
     if args.strategy != "finetune":  # from scratch: the first phase's settings
         paper = dict(paper, epochs=paper["pretrain_epochs"], lr=paper["pretrain_lr"])
+    if args.adversary == "pgd":
+        paper = dict(paper, eps=ratio * paper["eps"] if args.strategy == "finetune" else PGD_EPS[args.dataset])
     common.resolve(args, paper)
-    common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs),
-                              pgd_eps=min(1.0, PGD_RATIO[args.dataset] * args.eps)))
+    common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs) * (
+        args.constraint == "none"), pgd_eps=args.eps if args.adversary == "pgd" else min(1.0, ratio * args.eps)))
+    if args.eps_end > args.eps:
+        raise common.UsageError(f"--eps-end {args.eps_end:g}: eps falls to it from {args.eps:g}")
     if args.constraint == "dual" and args.strategy != "finetune":
         raise common.UsageError("--constraint dual belongs to --strategy finetune")
     if args.clean_epochs >= args.epochs:
@@ -101,12 +113,9 @@ def eps_at(epoch, args):
     if args.strategy == "vanilla":
         return 0.0
     adversarial = args.epochs - args.clean_epochs
-    start, end = args.eps, args.eps_end
-    if args.adversary == "pgd":
-        start, end = args.pgd_eps, args.pgd_eps * args.eps_end / args.eps
-    if args.normalized_eps:
-        start, end = (eps * common.pixel_scale(args.dataset) for eps in (start, end))
-    return start + (end - start) * epoch / max(1, adversarial - 1) if epoch < adversarial else 0.0
+    scale = common.pixel_scale(args.dataset) if args.normalized_eps else 1.0
+    fall = (args.eps - args.eps_end) * epoch / max(1, adversarial - 1)
+    return scale * (args.eps - fall) if epoch < adversarial else 0.0
 
 
 def adversary(model, x, target, eps, args, loss=common.cross_entropy, start=None):
@@ -121,7 +130,7 @@ def adversary(model, x, target, eps, args, loss=common.cross_entropy, start=None
 def losses(model, x, y, eps, dual, args):
     """Yields, as named scalars, the losses whose "loss" one update after the other is to minimise, on x (N, C, H, W),
     y (N,); each is computed on the network that the update before has left. dual: {"lam", "std"} of eqs. 8 and 9."""
-    if args.strategy == "vanilla" or eps == 0:
+    if args.strategy == "vanilla" or eps == 0 and args.constraint == "none":
         yield dict(loss=common.cross_entropy(model(x), y).mean())
 
     elif args.strategy == "madry":  # min CE(x'), x' = x + delta
@@ -149,13 +158,13 @@ def losses(model, x, y, eps, dual, args):
         yield dict(loss=ce_adv, ce_clean=ce, ce_adv=ce_adv)
 
 
-def clean_loss(model, split):
-    """Mean cross-entropy on the images of a split, in eval mode: E CE(x, y; theta_std) of eq. 7."""
-    total = 0.0
-    with common.model_mode(model, "eval"), torch.no_grad():
-        for x, y, _ in common.eval_batches(split, 500):
-            total += common.cross_entropy(model(x), y).sum().item()
-    return total / len(split.labels)
+def clean_loss(model, batches):
+    """Mean cross-entropy of an epoch's batches, BatchNorm as in training: E CE(x, y; theta_std) of eq. 7."""
+    model, total, n = copy.deepcopy(model).train(), 0.0, 0  # a copy: its running statistics move
+    with torch.no_grad():
+        for x, y, _ in batches:
+            total, n = total + common.cross_entropy(model(x), y).sum().item(), n + len(y)
+    return total / n
 
 
 def train_phase(args, model, train, val, device, precision):
@@ -163,14 +172,15 @@ def train_phase(args, model, train, val, device, precision):
     run = common.Run("dra_finetune", dict(vars(args), precision=precision), device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     first = run.restore(model, optimizer)
-    state = run.method_state
+    state, augment = run.method_state, common.DATASETS[args.dataset]["augment"]
+    augment = augment or ("crop" if args.dataset == "mnist" else "")
     if state is None:  # what the first phase has left
+        first_epoch = common.train_batches(train, args.batch_size, args.seed, 0, augment)
         with common.autocast(device, precision):  # as in the epochs to come
-            state = dict(lam=torch.tensor(1.0), std=clean_loss(model, train) if args.constraint == "dual" else 0.0,
-                         before=common.accuracy(model, val) if args.val else 0.0)
+            std = clean_loss(model, first_epoch) if args.constraint == "dual" else 0.0
+            state = dict(lam=torch.tensor(1.0), std=std, before=common.accuracy(model, val) if args.val else 0.0)
     dual = dict(lam=state["lam"].to(device), std=state["std"])
-    augment = common.DATASETS[args.dataset]["augment"] or ("crop" if args.dataset == "mnist" else "")
-    offset = args.pretrain_epochs if args.strategy == "finetune" else 0  # no phase repeats the other's order and crops
+    offset = 10000 if args.strategy == "finetune" else 0  # no phase repeats the other's order and crops
     radius = args.pgd_eps * (common.pixel_scale(args.dataset) if args.normalized_eps else 1)
     for epoch in range(first, args.epochs):
         started, meter, eps = time.perf_counter(), common.Meter(epoch), eps_at(epoch, args)
@@ -218,9 +228,7 @@ def main():
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
     going_on = args.resume and Path(args.ckpt).with_suffix(".resume.pt").exists()
-    if args.init:
-        common.load_init(model, args.init)
-    elif args.strategy == "finetune" and not going_on:  # the first phase
+    if args.strategy == "finetune" and not args.init and not going_on:  # the first phase
         own = dict(strategy="vanilla", constraint="none", epochs=args.pretrain_epochs, lr=args.pretrain_lr,
                    clean_epochs=0, ckpt=str(Path(args.ckpt).with_suffix(".vanilla.pt")))
         train_phase(argparse.Namespace(**vars(args) | own), model, train, val, device, precision)

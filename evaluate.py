@@ -79,18 +79,19 @@ def parse(argv=None):
     flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's, "
          "if it has any)")
     flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training, for "
-         "DRA its --pgd-eps; with --protocol the data set's usual one)")
+         "DRA its --pgd-eps, and its --eps for dra; with --protocol the data set's usual one)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
          "eps, and at least 1.25 eps / steps; with a paper's --protocol its own)")
     flag("--normalized-eps", action="store_true", help="radii and steps are in units of images divided by the data "
          "set's deviation, as the DRA paper's seem to be")
-    flag("--p", type=common.number(0, 1), default=1 / 3, help="share of the values that dra changes (1/3)")
+    flag("--p", type=common.number(0, 1), help="share of the values that dra changes (that of training, else 1/3)")
     flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x "
          f"({QUICK_LOOK['start']}; with a paper's --protocol its own)")
     flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all "
          f"({QUICK_LOOK['limit']}; with --protocol all, fewer under its slowest attacks)")
     flag("--sanity", action="store_true", help="test whether the robustness is an artefact of masked gradients")
-    flag("--alignment", action="store_true", help="alignment and linearised robustness of the saliency paper, eqs. 4-7")
+    flag("--alignment", action="store_true", help="alignment and linearised robustness of the saliency paper "
+         "(eqs. 4, 6, 7)")
     flag("--per-class", action="store_true", help="accuracy per class under every attack")
     flag("--plots", metavar="DIR", help="write curves, loss surfaces, images and gradients as PNG files")
     flag("--save-adv", metavar="FILE.npz", help="write every attack's images, float32 (runs all attacks anew)")
@@ -272,18 +273,21 @@ ATTACKS = {
     "cw-l2": Kind(minimal_l2, steps=1000, norm="l2", package="foolbox"),
     "corruptions": Kind(None, steps=None, norm="none"),
 }
+NORMALISED = " normalised"  # ends the name of an attack whose radius is in units of normalised images
 ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS (also un-, cw-), multi-STEPS, "
                 "targeted-STEPS, rays-QUERIES, aa, dra-STEPS, deepfool, cw-l2, corruptions; xRESTARTS may follow those "
                 "that start at random, :EPS any with a radius")
 
 
-def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0):
+def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0,
+                  mean_eps=None):
     """The attacks of a comma-separated list, each once; UsageError for a name that is none.
 
     IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,
     2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start;
-    step: a number, or "eps/steps". start: "ball" or "step", of PGD with cross-entropy and of pgd-cw alone. p: of DRA.
-    scale: what radii and steps are multiplied by; other than 1, the attack's name says "normalised".
+    step: a number, or "eps/steps". start: "ball" or "step", of PGD with cross-entropy and of pgd-cw alone. p: of DRA,
+    mean_eps: its eps, where it is not that of the others. scale: what radii and steps are multiplied by; other than 1,
+    the attack's name says so.
     """
     attacks, facts = [], common.DATASETS[dataset]
     for name in dict.fromkeys(word.strip() for word in text.split(",") if text):
@@ -301,7 +305,8 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, 
             raise common.UsageError(f"corruptions: there is no corrupted copy of {dataset}")
         steps = int(steps) if steps else spec.steps
         try:
-            own = common.unit(radius) if radius else eps if spec.norm in ("linf", "mean") else None
+            usual = dict(linf=eps, mean=mean_eps or eps).get(spec.norm)
+            own = common.unit(radius) if radius else usual
         except Exception as error:
             raise common.UsageError(f"{name}: {error}")
         if spec.step:
@@ -310,7 +315,7 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, 
         else:
             size = own / steps if kind in ("ifgsm", "mi-fgsm") else None
         if scale != 1 and own:
-            name, own, size = f"{name} normalised", scale * own, scale * size if size else None
+            name, own, size = name + NORMALISED, scale * own, scale * size if size else None
         attacks.append(Attack(name, kind, own, size, steps, int(restarts or 1), (
             start if kind in ("pgd", "pgd-cw") else "ball") if spec.restarts else None, seed,
             p if kind == "dra" else None))
@@ -510,11 +515,13 @@ def sanity(curve, dead, classes, eps, outcomes):
 
 def alignment(model, test, batch_size):
     """float32 (N, 3): alignment, binarised alignment and linearised robustness of the saliency paper (eqs. 4, 7, 6),
-    in units of the L2 norm of an image in [0, 1]."""
-    rows = []
+    in units of the L2 norm of an image in [0, 1]; of a standardised image where the model standardises each: its logits
+    ignore an image's scale, and no gradient with respect to the image itself has a part along it."""
+    rows, outside = [], model.normalize != "image"
     for x, _, _ in common.eval_batches(test, batch_size, "alignment"):
+        x = x if outside else model.normalized(x)
         with common.model_mode(model, "eval"):
-            logits = model(x.requires_grad_(True))
+            logits = model(x.requires_grad_(True), normalize=outside)
             jacobian = torch.stack([torch.autograd.grad(z.sum(), x, retain_graph=True)[0].flatten(1)
                                     for z in logits.unbind(1)], 1)  # (N, classes, pixels)
         x, logits, each = x.detach().flatten(1), logits.detach(), torch.arange(len(x), device=x.device)
@@ -604,17 +611,18 @@ def show(ax, image):
 
 
 def draw_images(plt, scene):
-    """Clean and PGD-40 images, their difference, the gradient of the loss (saliency figs. 4, 6; DRA fig. 3)."""
+    """Clean and PGD-40 images, their difference, and the saliency, the gradient of the true class's logit (after figs.
+    4 and 6 of the saliency paper and fig. 3 of DRA's)."""
     model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 8))
     attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], eps)
     common.seed_stream(scene.seed, "images")
     with common.model_mode(model, "eval"):
         x_adv = run_pgd(model, x, y, attack, y)
-        gradient = common.input_gradient(model, x, y)[0]
+        gradient = common.input_gradient(model, x, y, loss=lambda logits, y: logits.gather(1, y[:, None]))[0]
         names = [logits_of(model, images).argmax(1).tolist() for images in (x, x_adv)]
     size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
     rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * eps),
-                gradient=0.5 + gradient / (2 * size))
+                saliency=0.5 + gradient / (2 * size))
     figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained", squeeze=False)
     for line, (row, images) in zip(axes, rows.items()):
         for column, (ax, image) in enumerate(zip(line, images)):
@@ -626,11 +634,13 @@ def draw_images(plt, scene):
 
 
 def draw_dra(plt, scene):
-    """Success of DRA-5 against the share p of values that it changes, at an eighth and a quarter of eps (fig. 4)."""
+    """Success of DRA-5 against the share p of values that it changes, at an eighth and a quarter of the data set's
+    usual eps: 1/255 and 2/255 on CIFAR (fig. 4)."""
     figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     shares = [0, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1]
-    for eps in (scene.eps / 8, scene.eps / 4):
-        attacks = [parse_attacks("dra-5", scene.checkpoint["dataset"], eps, p=p)[0] for p in shares]
+    dataset = scene.checkpoint["dataset"]
+    for eps in (common.DATASETS[dataset]["eps"] / 8, common.DATASETS[dataset]["eps"] / 4):
+        attacks = [parse_attacks("dra-5", dataset, eps, p=p)[0] for p in shares]
         right = [evaluate(scene.model, scene.test, attack, 250)[:, 0].mean() for attack in attacks]
         ax.plot(shares, [100 * (1 - value) for value in right], "o-", label=f"DRA-5, eps {255 * eps:.3g}/255")
     ax.set(xlabel="share p of the values changed", ylabel="misclassified (%)", ylim=(0, 100))
@@ -828,11 +838,11 @@ def open_checkpoint(args, device):
 
 
 def trained_eps(checkpoint, normalized):
-    """The L-infinity radius that training aimed at, for DRA, whose eps is a mean change, PGD's: in [0, 1] units, or
-    as it was given where --normalized-eps asks for it."""
-    args = checkpoint["args"]
-    scale = common.pixel_scale(checkpoint["dataset"]) if args.get("normalized_eps") and not normalized else 1
-    return args.get("pgd_eps", args["eps"]) * scale
+    """(the L-infinity radius that training aimed at, of DRA PGD's, the eps of its DRA or None): in [0, 1] units, or in
+    those of normalised images where --normalized-eps asks for it."""
+    args, scale = checkpoint["args"], common.pixel_scale(checkpoint["dataset"])
+    factor = scale ** (bool(args.get("normalized_eps")) - bool(normalized))
+    return factor * args.get("pgd_eps", args["eps"]), factor * args["eps"] if args.get("adversary") == "dra" else None
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -841,8 +851,8 @@ COLUMNS = {"attack": 20, "accuracy": 9, "n": 6, "eps": 8, "step": 8, "steps": 6,
            "largest": 8, "seconds": 8}
 
 
-def plan(args, dataset, eps, device):
-    """What is to be run: [(Attack, surrogate's path or None, number of test images, 0: all)]."""
+def plan(args, dataset, eps, mean_eps, device):
+    """What is to be run: [(Attack, surrogate's path or None, number of test images, 0: all)]. mean_eps: of dra."""
     if args.protocol and dataset not in PROTOCOLS[args.protocol]:
         raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
     chosen = PLAN | (PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK)
@@ -852,11 +862,11 @@ def plan(args, dataset, eps, device):
         chosen["attacks"] = re.sub(r",multi-\d+x\d+", "", chosen["attacks"])
         print(f"no multi-targeted attack: {dataset} has too many wrong classes")
     scale = common.pixel_scale(dataset) if args.normalized_eps else 1.0
-    budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale
+    budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale, mean_eps
     todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
     todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
     few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
-    sizes = ([n for n in (chosen["limit"], few.get(attack.name)) if n] for attack, _ in todo)
+    sizes = ([n for n in (chosen["limit"], few.get(attack.name.removesuffix(NORMALISED))) if n] for attack, _ in todo)
     return [(attack, path, min(size, default=0)) for (attack, path), size in zip(todo, sizes)]
 
 
@@ -881,11 +891,13 @@ def print_protocol(protocol, dataset, outcomes):
         return print(f"the rows of the paper are not at hand (results/papers.json has none for {protocol}, {dataset})")
     strongest_last = sorted(outcomes, key=lambda o: -o["accuracy"])  # of several surrogates
     ours = {re.sub("@.*", "@surrogate", o["attack"]): o for o in strongest_last} | {o["attack"]: o for o in outcomes}
+    ours = {name.replace(NORMALISED, ""): o for name, o in ours.items()}
     ours = [ours.get(column) for column in table["columns"]]
     rows = dict(table["rows"], **{"this network": [o and 100 * o["accuracy"] for o in ours], "its n": [
         o and str(o["n"]) for o in ours]})
     print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %. This network's "
-          f"eps: {max(o['eps'] or 0 for o in outcomes):.4g}; its white-box attacks may succeed at any step.")
+          f"eps: {max(o['eps'] or 0 for o in outcomes):.4g}; its white-box attacks may succeed at any step." + (
+              " Its radii are in units of normalised images." if NORMALISED in outcomes[-1]["attack"] else ""))
     name = max(map(len, rows)) + 2
     print(f"{'':<{name}}" + "".join(f"{column:>{len(column) + 2}}" for column in table["columns"]))
     for label, row in rows.items():
@@ -979,11 +991,13 @@ def main():
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
     dataset = checkpoint["dataset"]
-    eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else
-                       trained_eps(checkpoint, args.normalized_eps))
+    own, mean_eps = trained_eps(checkpoint, args.normalized_eps)
+    eps, mean_eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else own), args.eps or mean_eps
+    args.p = checkpoint["args"].get("p", 1 / 3) if args.p is None else args.p
     if args.alignment and common.DATASETS[dataset]["classes"] > 100:
         raise common.UsageError(f"--alignment takes every logit's gradient: {dataset} has too many classes")
-    todo = plan(args, dataset, eps, device)
+    todo = plan(args, dataset, eps, mean_eps, device)
+    eps *= common.pixel_scale(dataset) if args.normalized_eps else 1  # from here on in [0, 1] units
     corrupted = corruption_paths(dataset, args.data_dir) if any(a.kind == "corruptions" for a, _, _ in todo) else []
     surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}
     names = {path: source["model"] for path, (_, source) in surrogates.items()}

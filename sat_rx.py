@@ -192,8 +192,6 @@ def main():
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    if args.init:
-        common.load_init(model, args.init)
     sources = [common.load_model(path, device=device, dataset=args.dataset)[0] for path in args.source]
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 

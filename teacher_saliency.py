@@ -47,7 +47,14 @@ PAPER = {"cifar10": CIFAR10, "cifar100": dict(CIFAR10, gamma2=15.0), "mnist": MN
 #   (run.align.pt, run.k90.pt ...).
 # - The discriminators' loss averages over the maps of both networks: half of eqs. 14 and 19, the sum of two means.
 # - With BatchNorm in training mode a map counts the influence of the other images of the batch, too.
-# - TinyImageNet (table 10) is not here yet.
+# - TinyImageNet (table 10, teacher A of table 3) is not here yet.
+# - --precision auto is bfloat16 for the teacher's training alone: it is too coarse for maps, whose discriminators see
+#   nothing but relative differences.
+# - From --init neither optimiser nor discriminators come along: phase 2 of a saved phase 1 begins with fresh ones.
+# - Table 9's beta = 0 holds in both phases here, its gamma = 20 is phase 2's. Tables 13 and 14: a single k trains for
+#   --k-epochs, a fifth of phase 2, unless told otherwise.
+# - Cost: the paper claims 10 to 20 % of adversarial training's time. By counted passes a step of phase 1 takes 4, of
+#   phase 2 6, of PGD-7 training 8; and the teacher is trained so, too.
 # - A teacher of another data set gets a new last layer, trained on clean images with the rest frozen.
 # - WRN-32-10 has five blocks per group, as in the family's codes.
 
@@ -90,6 +97,8 @@ def parse(argv=None):
         raise common.UsageError(f"--ks {args.ks}: {error}")
     if len(set(ks)) < len(ks) or args.align_delay > args.align_epochs:
         raise common.UsageError("--ks names a percentage twice, or --align-delay goes beyond --align-epochs")
+    if not args.align_epochs and not args.init:
+        raise common.UsageError("--align-epochs 0 needs --init, the network to begin phase 2 with")
     args.epochs = args.align_epochs + len(ks) * args.k_epochs
     return args
 
@@ -141,7 +150,7 @@ def saliency_loss(model, teacher, discriminators, x, y, k, args):
     logits = model(x)
     ce = common.cross_entropy(logits, y)
     gamma, terms, pairs = args.gamma2 if k else args.gamma, dict(ce=ce.mean()), [None]
-    loss = terms["ce"]
+    loss, terms["teacher_norm"] = terms["ce"], squared_distance(j_t, torch.zeros_like(j_t), args)  # see table 7
 
     # Eqs. 9, 11, 12:  J_S^TCI = grad Psi_y;  L_robust = log(1 - f_disc(J_S^TCI)), the student's part;
     # L_diff = ||J_S^TCI - J_T^TCI||^2
@@ -201,7 +210,7 @@ def train_teacher(args, name, model, train, val, device, precision):
     """PGD training of all weights, or of the last layer on clean images where the teacher comes from elsewhere; name:
     its backbone."""
     own = dict(epochs=args.teacher_epochs, ckpt=str(Path(args.ckpt).with_suffix(".teacher.pt")), model=name,
-               normalize=model.normalize)
+               normalize=model.normalize, init=None)
     run = common.Run("teacher_saliency", dict(vars(args), precision=precision, **own), device)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -222,7 +231,8 @@ def train_teacher(args, name, model, train, val, device, precision):
             meter.add(len(x), dict(loss=loss))
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "train/loss": meter.read()["loss"]}
         row["seconds"] = time.perf_counter() - started
-        row |= {"cost/ms_per_batch": 1000 * row["seconds"] * args.batch_size / len(train.labels)}
+        row |= {"cost/ms_per_batch": 1000 * row["seconds"] * args.batch_size / len(train.labels),
+                "cost/passes": 1 if args.teacher else args.attack_steps + 1}
         if args.val:
             row |= validate(model, val, args, device, precision)
         run.finish_epoch(model, optimizer, row)
@@ -268,10 +278,11 @@ def main():
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    if args.init:
+    if args.init and not args.resume:  # before a teacher takes its hours
         common.load_init(model, args.init)
     teacher = get_teacher(args, train, val, device, precision)
     lock.close()  # the run takes it
+    precision = "float32" if args.precision == "auto" else precision
     run = common.Run("teacher_saliency", dict(vars(args), precision=precision), device)
     common.seed_stream(args.seed, "discriminators")
     channels, pixels, _ = common.DATASETS[args.dataset]["shape"]

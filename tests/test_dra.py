@@ -135,6 +135,20 @@ def test_the_dual():
     dual["std"] = 50.0
     updates(model, x, y, args, 0.0, dual)
     assert dual["lam"] == 0
+    assert {"ce_adv", "lam"} <= next(dra_finetune.losses(model, x, y, 0.0, dual, args)).keys()  # at eps 0, too
+
+
+def test_the_first_phases_loss():
+    """Over the batches given, BatchNorm by their own statistics, which leave the network's as they were."""
+    torch.manual_seed(0)
+    model = plain(torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3))).eval()
+    batches = [(torch.rand(n, 1, 4, 4), torch.randint(0, 3, (n,)), None) for n in (8, 4)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    value = dra_finetune.clean_loss(model, batches)
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items()) and not model.training
+    model.train()
+    expected = sum(F.cross_entropy(model(x), y).item() * len(y) for x, y, _ in batches) / 12
+    assert value == pytest.approx(expected)
 
 
 def test_schedule_and_settings():
@@ -149,21 +163,28 @@ def test_schedule_and_settings():
     assert 255 * dra_finetune.eps_at(0, scaled) == pytest.approx(2 * (0.2470 + 0.2435 + 0.2616) / 3)
     mnist = dra_finetune.parse(["--dataset", "mnist"])
     assert {dra_finetune.eps_at(epoch, mnist) for epoch in range(50)} == {0.1}
-    aimed = [evaluate.trained_eps(dict(dataset="cifar10", args=vars(scaled)), asked) for asked in (False, True)]
+    aimed = [evaluate.trained_eps(dict(dataset="cifar10", args=vars(scaled)), asked)[0] for asked in (False, True)]
     assert [255 * eps for eps in aimed] == [pytest.approx(5.1 * common.pixel_scale("cifar10")), pytest.approx(5.1)]
-    assert 255 * evaluate.trained_eps(dict(dataset="cifar10", args=vars(args)), False) == pytest.approx(5.1)
+    assert 255 * evaluate.trained_eps(dict(dataset="cifar10", args=vars(args)), False)[0] == pytest.approx(5.1)
     large = dra_finetune.parse(["--dataset", "mnist", "--eps", "0.3"])
     assert {dra_finetune.eps_at(epoch, large) for epoch in range(50)} == {0.3}
     assert dra_finetune.parse(["--epochs", "6"]).clean_epochs == 1
-    pgd = dra_finetune.parse(["--adversary", "pgd", "--eps", "1/255", "--eps-end", "1/255"])
+    pgd = dra_finetune.parse(["--adversary", "pgd", "--eps", "2.55/255", "--eps-end", "2.55/255"])
     assert 255 * dra_finetune.eps_at(0, pgd) == pytest.approx(2.55) == pytest.approx(255 * dra_finetune.eps_at(49, pgd))
     madry = dra_finetune.parse(["--strategy", "madry"])
     assert (madry.epochs, madry.lr, madry.clean_epochs, madry.adversary) == (100, 0.1, 0, "pgd")
-    assert dra_finetune.eps_at(0, madry) == dra_finetune.eps_at(99, madry) == pytest.approx(5.1 / 255)
+    assert dra_finetune.eps_at(0, madry) == dra_finetune.eps_at(99, madry) == 8 / 255  # table I
+    trades = dra_finetune.parse(["--dataset", "mnist", "--strategy", "trades", "--eps", "0.2"])
+    assert dra_finetune.eps_at(0, trades) == trades.pgd_eps == 0.2
+    tuned = dra_finetune.parse(["--adversary", "pgd"])
+    assert [255 * dra_finetune.eps_at(e, tuned) for e in (0, 49)] == [pytest.approx(5.1), pytest.approx(5.1 / 4)]
+    assert dra_finetune.parse(["--constraint", "dual"]).clean_epochs == 0
     assert dra_finetune.eps_at(3, dra_finetune.parse(["--strategy", "vanilla"])) == 0
     for flags in (["--constraint", "dual", "--strategy", "madry"], ["--clean-epochs", "60"], ["--p", "2"],
                   ["--adversary", "pgd", "--p", "0.5"], ["--strategy", "trades", "--p", "0.5"], ["--lam", "1"],
-                  ["--dual-lr", "0.1"], ["--strategy", "vanilla", "--pretrain-epochs", "3"]):
+                  ["--dual-lr", "0.1"], ["--strategy", "vanilla", "--pretrain-epochs", "3"],
+                  ["--init", "v.pt", "--pretrain-lr", "0.1"], ["--eps", "1/255", "--eps-end", "2/255"],
+                  ["--constraint", "dual", "--clean-epochs", "1"]):
         with pytest.raises(common.UsageError):
             dra_finetune.parse(flags)
 
@@ -186,10 +207,11 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
     from which --init starts the second."""
     vanilla, two = "vanilla" in flags, "--strategy" not in flags
     words = [*(SHORT[:-2] if vanilla else SHORT), *flags, "--epochs", "3"]
-    words += two * ["--pretrain-epochs", "2", "--clean-epochs", "0"]
-    run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "whole.pt")
+    words += (two and "dual" not in flags) * ["--clean-epochs", "0"]
+    both = [*words, *two * ["--pretrain-epochs", "2"]]
+    run_main(dra_finetune.main, "dra_finetune.py", *both, "--ckpt", tmp_path / "whole.pt")
     at = (2, 5) if two else (2,)
-    run_interrupted(dra_finetune.main, "dra_finetune.py", at, *words, "--ckpt", tmp_path / "cut.pt")
+    run_interrupted(dra_finetune.main, "dra_finetune.py", at, *both, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(v, cut["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
     assert whole["method_state"]["lam"] == cut["method_state"]["lam"]
@@ -201,6 +223,9 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
         third = torch.load(tmp_path / "third.pt", weights_only=True)
         assert all(torch.equal(v, third["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
         assert "% before," in capsys.readouterr().out and not (tmp_path / "third.vanilla.pt").exists()
+        (tmp_path / "whole.vanilla.pt").unlink()  # third.resume.pt alone suffices to go on
+        run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "third.pt", "--init",
+                 tmp_path / "whole.vanilla.pt", "--resume")
     with pytest.raises(common.UsageError, match="--overwrite replaces it"):
         run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "whole.pt")
     run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.pt", "--limit", 50, "--attacks",

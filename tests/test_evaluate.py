@@ -350,7 +350,7 @@ def test_alignment_of_a_linear_model():
     test = common.Split((255 * x).round().byte(), torch.zeros(30, dtype=torch.int64), torch.arange(30))
     flat, weight = common.to_float(test.images).flatten(1), model.layer.weight.detach()
     z = model(common.to_float(test.images)).detach()
-    for i, (alpha, binarised, robustness) in enumerate(evaluate.alignment(model, test, 7)):
+    for i, (alpha, binarised, robustness) in enumerate(evaluate.alignment(plain(model), test, 7)):
         top = z[i].argmax()
         others = [j for j in range(4) if j != top]
         distances = [((z[i, top] - z[i, j]) / (weight[top] - weight[j]).norm()).item() for j in others]
@@ -358,6 +358,49 @@ def test_alignment_of_a_linear_model():
         assert robustness == pytest.approx(min(distances), rel=1e-4)
         assert alpha == pytest.approx(((flat[i] @ weight[top]).abs() / weight[top].norm()).item(), rel=1e-4)
         assert binarised == pytest.approx(((flat[i] @ g).abs() / g.norm()).item(), rel=1e-4)
+
+
+def test_alignment_of_a_network_that_standardises():
+    """Its logits ignore an image's scale: with the gradient at the image itself the product would be 0."""
+    inner, x = Linear((1, 4, 4), classes=4), batch(30, (1, 4, 4))
+    test = common.Split((255 * x).round().byte(), torch.zeros(30, dtype=torch.int64), torch.arange(30))
+    model = common.Classifier(inner, "image", (0.0,), (1.0,))
+    flat = common.to_float(test.images).flatten(1)
+    flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, correction=0, keepdim=True).clamp(min=1 / 4)
+    weight = inner.layer.weight.detach()[inner(flat).argmax(1)]
+    expected = (flat * weight).sum(1).abs() / weight.norm(dim=1)
+    torch.testing.assert_close(torch.from_numpy(evaluate.alignment(model, test, 7)[:, 0]), expected)
+    assert expected.mean() > 0.1
+
+
+def test_normalised_radii(digits_run, tmp_path, capsys):
+    """--normalized-eps: the protocol's subsets and the paper's columns are found, what is measured beside the attacks
+    is at the same radius, and a network trained in pixels is attacked at its own radius."""
+    words, own = ["--ckpt", digits_run, "--normalized-eps"], common.load_checkpoint(digits_run)["args"]["eps"]
+    evaluate_main(*words, "--attacks", "clean,pgd-3,pgd-5", "--limit", "30")
+    assert f"worst case of these 3 at eps {own:.4g}" in capsys.readouterr().out
+    outcome = json.loads((tmp_path / "run.eval.json").read_text())[1]
+    assert outcome["attack"] == "pgd-3 normalised" and outcome["eps"] == pytest.approx(own)
+    args = evaluate.parse([*map(str, words), "--protocol", "common"])
+    args.p = 1 / 3
+    sizes = {attack.name: n for attack, _, n in evaluate.plan(args, "mnist", 0.3, None, torch.device("cpu"))}
+    assert sizes["aa normalised"] == 500 and sizes["rays-40000 normalised"] == 200
+    name = f"pgd-20:0.1{evaluate.NORMALISED}"
+    outcomes = [dict(attack="clean", accuracy=0.9, n=10, eps=None), dict(attack=name, accuracy=0.625, n=10, eps=0.1)]
+    evaluate.print_protocol("dra", "mnist", outcomes)
+    assert "62.50" in capsys.readouterr().out
+
+
+def test_dra_is_evaluated_as_it_was_trained():
+    """Its own eps and p, PGD at the radius of validation."""
+    import dra_finetune
+    trained = vars(dra_finetune.parse(["--dataset", "mnist"]))
+    own, mean_eps = evaluate.trained_eps(dict(dataset="mnist", args=trained), False)
+    assert (own, mean_eps) == (pytest.approx(0.3), 0.1)
+    dra, pgd = evaluate.parse_attacks("dra-5,pgd-5", "mnist", own, mean_eps=mean_eps)
+    assert (dra.eps, pgd.eps) == (0.1, own)
+    trained = vars(dra_finetune.parse(["--dataset", "mnist", "--strategy", "madry"]))
+    assert evaluate.trained_eps(dict(dataset="mnist", args=trained), False) == (0.3, None)
 
 
 def verdict(model, outcomes=(), curve=None):

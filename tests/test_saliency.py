@@ -52,7 +52,7 @@ def test_loss_equals_the_formula(k, kind, sign, scale):
     unit = 1 / 6 if scale == "image" else 1 / 255**2
     ce = F.cross_entropy(model(x), y)
     expected = dict(ce=ce, robust=(1 - discriminators[0](j_s).sigmoid()).log().mean(),
-                    diff=unit * (j_s - j_t).square().sum())
+                    teacher_norm=unit * j_t.square().sum(), diff=unit * (j_s - j_t).square().sum())
     total = ce + 2 * expected["robust"] + (7 if k else 10) * expected["diff"]
     if k:
         signed, masked = j_ce if sign == "literal" else -j_ce, saliency.top_k(j_t, k)
@@ -73,7 +73,9 @@ def test_gradient_by_finite_differences(kind):
     discriminators.requires_grad_(False)
 
     def terms():
-        return saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)[0]
+        terms = saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)[0]
+        assert not terms.pop("teacher_norm").requires_grad
+        return terms
     check_slopes(model, terms, rel=1e-3)
 
 
@@ -144,10 +146,10 @@ def test_schedule_and_settings():
     assert all(a >= b - 1e-9 for a, b in zip(lrs, lrs[1:]))
     assert (args.beta, args.gamma, args.gamma2, args.batch_size, args.normalize) == (2, 10, 20, 32, "image")
     assert saliency.parse(["--dataset", "cifar100"]).gamma2 == 15
-    one = saliency.parse(["--align-epochs", "0", "--ks", "50", "--k-epochs", "4"])
+    one = saliency.parse(["--align-epochs", "0", "--init", "at.pt", "--ks", "50", "--k-epochs", "4"])
     assert [saliency.phase(epoch, one)[0] for epoch in range(one.epochs)] == [50] * 4
     for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"],
-                  ["--teacher", "at.pt", "--attack-steps", "7"]):
+                  ["--teacher", "at.pt", "--attack-steps", "7"], ["--align-epochs", "0"]):
         with pytest.raises(common.UsageError):
             saliency.parse(flags)
     prob, logit = small("--score", "prob")[-1], small("--score", "logit")[-1]
@@ -157,10 +159,10 @@ def test_schedule_and_settings():
 def test_alignment_can_be_dropped_in_phase_2():
     model, teacher, discriminators, x, y, args = small("--drop-alignment")
     terms, pairs = saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)
-    assert set(terms) == {"loss", "ce", "curr_robust", "curr_diff"} and pairs[0] is None
+    assert set(terms) == {"loss", "ce", "teacher_norm", "curr_robust", "curr_diff"} and pairs[0] is None
     assert saliency.discriminator_loss(discriminators, pairs)[0].isfinite()
     terms, _ = saliency.saliency_loss(model, teacher, discriminators, x, y, None, args)
-    assert set(terms) == {"loss", "ce", "robust", "diff"}
+    assert set(terms) == {"loss", "ce", "teacher_norm", "robust", "diff"}
 
 
 def test_a_teacher_of_another_data_set(tmp_path):
