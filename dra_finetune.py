@@ -167,18 +167,21 @@ def clean_loss(model, batches):
     return total / n
 
 
+def after_first_phase(args, model, train, val, augment):
+    """What the second phase is measured against: {"lam", "std"} of eqs. 8 and 9, validation accuracy before it."""
+    first_epoch = common.train_batches(train, args.batch_size, args.seed, 0, augment)
+    std = clean_loss(model, first_epoch) if args.constraint == "dual" else 0.0
+    return dict(lam=torch.tensor(1.0), std=std, before=common.accuracy(model, val) if args.val else 0.0)
+
+
 def train_phase(args, model, train, val, device, precision):
     """One phase, from the network as it is to the end of its epochs; --resume goes on within it."""
     run = common.Run("dra_finetune", dict(vars(args), precision=precision), device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     first = run.restore(model, optimizer)
-    state, augment = run.method_state, common.DATASETS[args.dataset]["augment"]
-    augment = augment or ("crop" if args.dataset == "mnist" else "")
-    if state is None:  # what the first phase has left
-        first_epoch = common.train_batches(train, args.batch_size, args.seed, 0, augment)
-        with common.autocast(device, precision):  # as in the epochs to come
-            std = clean_loss(model, first_epoch) if args.constraint == "dual" else 0.0
-            state = dict(lam=torch.tensor(1.0), std=std, before=common.accuracy(model, val) if args.val else 0.0)
+    augment = common.DATASETS[args.dataset]["augment"] or ("crop" if args.dataset == "mnist" else "")
+    with common.autocast(device, precision):
+        state = run.method_state or after_first_phase(args, model, train, val, augment)
     dual = dict(lam=state["lam"].to(device), std=state["std"])
     offset = 10000 if args.strategy == "finetune" else 0  # no phase repeats the other's order and crops
     radius = args.pgd_eps * (common.pixel_scale(args.dataset) if args.normalized_eps else 1)

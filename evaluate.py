@@ -692,6 +692,12 @@ def draw_eps(plt, scene):
     left.set(xlabel="eps (of 255)", ylabel="training images")
     right.set(xlabel="epoch", ylabel="eps (of 255)")
     left.legend(fontsize=7), right.legend(fontsize=7)
+    draw_extremes(panels, scene, train, memory)
+    return figure
+
+
+def draw_extremes(panels, scene, train, memory):
+    """The ten training images of the lowest and of the highest eps, clean and attacked; memory: eps of 255, (N,)."""
     order = memory.argsort()
     attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], max(16 / 255, scene.eps))
     common.seed_stream(scene.seed, "eps")
@@ -707,7 +713,6 @@ def draw_eps(plt, scene):
                 ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
                 if not column:
                     ax.set_ylabel(f"PGD {attack.eps:.2g}" if row else f"{name} eps", fontsize=8)
-    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------- record

@@ -232,6 +232,6 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
              "clean,pgd-3,dra-3:0.02", "--p", "0.5", "--normalized-eps")
     outcomes = {o["attack"]: o for o in json.loads((tmp_path / "cut.eval.json").read_text())}
     assert list(outcomes) == ["clean", "pgd-3 normalised", "dra-3:0.02 normalised"]
-    scale = common.pixel_scale("digits")
-    assert outcomes["pgd-3 normalised"]["eps"] == pytest.approx(scale * 0.1)
+    assert outcomes["pgd-3 normalised"]["eps"] == pytest.approx(0.1)  # that of training, which was in pixels
+    assert outcomes["dra-3:0.02 normalised"]["eps"] == pytest.approx(0.02 * common.pixel_scale("digits"))
     assert outcomes["dra-3:0.02 normalised"]["p"] == 0.5
