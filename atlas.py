@@ -43,7 +43,7 @@ USES = {"alpha": LOCAL, "projections": LOCAL, "beta": ("atlas", "trades", "trade
 # Differences from the paper
 # - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, squared as the text has it; eqs. 2, 6 and
 #   12 print no square. The public package that the paper cites has a factor of 1/2: an alpha of its authors may mean
-#   half of ours. Zero-step JAC's alpha is too strong for its row of table 1 so (README.md).
+#   half of ours.
 # - One step: on CIFAR the random start is clipped to [0, 1] before its gradient is taken, on MNIST it is not, as in the
 #   code of Wong et al., whose advice the paper follows. Clipped, a black pixel ends at 0 or eps and nowhere between.
 # - Attacks see BatchNorm in eval mode (--attack-mode train: the other, as in the one-step ADV that the paper follows).

@@ -606,7 +606,7 @@ def draw_surface(plt, scene):
 
 def show(ax, image):
     """An image (C, H, W) in [0, 1], grey or coloured, without ticks."""
-    ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    ax.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
 
 
