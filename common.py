@@ -835,6 +835,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def going_on(args):
+    """Whether --resume finds a run to go on with."""
+    return args.resume and Path(args.ckpt).with_suffix(".resume.pt").exists()
+
+
 def load_init(model, path):
     """Load the last weights of a checkpoint (the best, where it holds no others) into a model."""
     checkpoint = load_checkpoint(path)

@@ -9,7 +9,7 @@ the gradient itself, not its sign, and changes the most salient values only (alg
     python dra_finetune.py --init vanilla.pt                # the second phase, from a network of --strategy vanilla
     python dra_finetune.py --dataset digits                 # bundled real digits: no download, a minute on a CPU
 
-Not measured yet: results/ has no network of this script.
+Measured so far: what DRA does to a clean network (README.md); no network that was fine-tuned.
 """
 
 import argparse
@@ -230,8 +230,7 @@ def main():
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    going_on = args.resume and Path(args.ckpt).with_suffix(".resume.pt").exists()
-    if args.strategy == "finetune" and not args.init and not going_on:  # the first phase
+    if args.strategy == "finetune" and not args.init and not common.going_on(args):  # the first phase
         own = dict(strategy="vanilla", constraint="none", epochs=args.pretrain_epochs, lr=args.pretrain_lr,
                    clean_epochs=0, ckpt=str(Path(args.ckpt).with_suffix(".vanilla.pt")))
         train_phase(argparse.Namespace(**vars(args) | own), model, train, val, device, precision)

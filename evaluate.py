@@ -78,8 +78,8 @@ def parse(argv=None):
          "may be repeated")
     flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's, "
          "if it has any)")
-    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031 (that of training, for "
-         "DRA its --pgd-eps, and its --eps for dra; with --protocol the data set's usual one)")
+    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031, and dra's mean change (as "
+         "in training: of DRA its --pgd-eps and its --eps; with --protocol the data set's usual radius)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
          "eps, and at least 1.25 eps / steps; with a paper's --protocol its own)")
     flag("--normalized-eps", action="store_true", help="radii and steps are in units of images divided by the data "
@@ -902,7 +902,7 @@ def print_protocol(protocol, dataset, outcomes):
         o and str(o["n"]) for o in ours]})
     print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %. This network's "
           f"eps: {max(o['eps'] or 0 for o in outcomes):.4g}; its white-box attacks may succeed at any step." + (
-              " Its radii are in units of normalised images." if NORMALISED in outcomes[-1]["attack"] else ""))
+              any(NORMALISED in o["attack"] for o in outcomes) * " Its radii are in units of normalised images."))
     name = max(map(len, rows)) + 2
     print(f"{'':<{name}}" + "".join(f"{column:>{len(column) + 2}}" for column in table["columns"]))
     for label, row in rows.items():
