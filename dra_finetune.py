@@ -9,7 +9,8 @@ the gradient itself, not its sign, and changes the most salient values only (alg
     python dra_finetune.py --init vanilla.pt                # the second phase, from a network of --strategy vanilla
     python dra_finetune.py --dataset digits                 # bundled real digits: no download, a minute on a CPU
 
-Measured so far: what DRA does to a clean network (README.md); no network that was fine-tuned.
+Measured (README.md) on MNIST, 10 epochs instead of 50: clean accuracy is kept, 99.3 %, but PGD-20 leaves 85.7 % at eps
+0.1 and 1.9 % at 0.3, where the paper has 98.0 and 95.9.
 """
 
 import argparse
