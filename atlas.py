@@ -185,16 +185,17 @@ def validate(model, val, args, device, precision):
 
 def overfits(history):
     """Catastrophic overfitting (appendix E), by a rule of ours: since the best epoch robust accuracy has fallen by 10
-    points, and the Jacobian's estimate at the adversary has doubled."""
+    points, and the Jacobian's estimate at the adversary has doubled. That epoch's row, or None."""
     best, now = max(history, key=lambda row: row["val/robust"]), history[-1]
-    return now["val/robust"] < best["val/robust"] - 0.1 and now["val/jacobian_adv"] > 2 * best["val/jacobian_adv"]
+    fallen = now["val/robust"] < best["val/robust"] - 0.1
+    return best if fallen and now["val/jacobian_adv"] > 2 * best["val/jacobian_adv"] else None
 
 
 def announce_overfitting(history):
     """Say so where an epoch overfits and the one before did not."""
-    if overfits(history) and not overfits(history[:-1]):
-        best, now = max(history, key=lambda row: row["val/robust"]), history[-1]
-        robust, jacobian = ([row[name] for row in (best, now)] for name in ("val/robust", "val/jacobian_adv"))
+    best = overfits(history)
+    if best and not overfits(history[:-1]):
+        robust, jacobian = ([row[name] for row in (best, history[-1])] for name in ("val/robust", "val/jacobian_adv"))
         print("catastrophic overfitting: robust accuracy has fallen from {:.3f} to {:.3f}, ||J(x')||^2 risen from "
               "{:.3g} to {:.3g}".format(*robust, *jacobian), flush=True)
 

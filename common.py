@@ -835,11 +835,6 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def going_on(args):
-    """Whether --resume finds a run to go on with."""
-    return args.resume and Path(args.ckpt).with_suffix(".resume.pt").exists()
-
-
 def load_init(model, path):
     """Load the last weights of a checkpoint (the best, where it holds no others) into a model."""
     checkpoint = load_checkpoint(path)
@@ -923,6 +918,11 @@ def default_path(script, dataset):
     return f"runs/{script}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
 
 
+def going_on(path, resume):
+    """Whether --resume finds a run to go on with."""
+    return resume and Path(path).with_suffix(".resume.pt").exists()
+
+
 def claim(path, resume, overwrite):
     """The open PATH.lock that keeps a second run off `path` until it is closed; UsageError where the name is not valid,
     another run holds it, or files are there that the flags do not give free.
@@ -942,7 +942,7 @@ def claim(path, resume, overwrite):
     except OSError as error:
         raise UsageError(f"--ckpt {path}: cannot be written ({error.strerror})")
     exists = any(file.exists() for file in (path, resume_path, path.with_suffix(".jsonl")))
-    if exists and not overwrite and not (resume and resume_path.exists()):
+    if exists and not overwrite and not going_on(path, resume):
         go_on = "--resume goes on with it, " if resume_path.exists() else ""
         raise UsageError(f"{path} exists, or its .jsonl: {go_on}--overwrite replaces it")
     if overwrite:
@@ -965,7 +965,7 @@ class Run:
         self.method_state, self.columns = None, None  # what an interrupted run's method kept; what was printed last
         self.writes = ranks()[0] == 0
         self.lock = claim(self.path, config["resume"], config["overwrite"]) if self.writes else None
-        self.state = load_file(self.resume_path) if config["resume"] and self.resume_path.exists() else None
+        self.state = load_file(self.resume_path) if going_on(self.path, config["resume"]) else None
         if self.state:
             self.adopt(self.state)
         for name, value in dict(config, ckpt=str(self.path)).items():

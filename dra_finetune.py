@@ -91,15 +91,17 @@ def parse(argv=None):
     if args.init and (args.pretrain_epochs, args.pretrain_lr) != (None, None):
         raise common.UsageError("--init takes the place of the first phase: it leaves --pretrain-epochs and "
                                 "--pretrain-lr no use")
-    paper, ratio = PAPER[args.dataset], PGD_RATIO[args.dataset]
-    end, clean = FALLS[args.dataset] if args.strategy == "finetune" else (1, 0)
-    if args.strategy != "finetune":  # from scratch: the first phase's settings
+    paper, ratio, scratch = PAPER[args.dataset], PGD_RATIO[args.dataset], args.strategy != "finetune"
+    end, clean = (1, 0) if scratch else FALLS[args.dataset]
+    if scratch:  # the first phase's settings
         paper = dict(paper, epochs=paper["pretrain_epochs"], lr=paper["pretrain_lr"])
     if args.adversary == "pgd":
-        paper = dict(paper, eps=ratio * paper["eps"] if args.strategy == "finetune" else PGD_EPS[args.dataset])
+        paper, ratio = dict(paper, eps=PGD_EPS[args.dataset] if scratch else ratio * paper["eps"]), 1
+    if args.constraint == "dual":
+        clean = 0
     common.resolve(args, paper)
-    common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs) * (
-        args.constraint == "none"), pgd_eps=args.eps if args.adversary == "pgd" else min(1.0, ratio * args.eps)))
+    common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs),
+                              pgd_eps=min(1.0, ratio * args.eps)))
     if args.eps_end > args.eps:
         raise common.UsageError(f"--eps-end {args.eps_end:g}: eps falls to it from {args.eps:g}")
     if args.constraint == "dual" and args.strategy != "finetune":
@@ -231,7 +233,7 @@ def main():
 
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    if args.strategy == "finetune" and not args.init and not common.going_on(args):  # the first phase
+    if args.strategy == "finetune" and not args.init and not common.going_on(args.ckpt, args.resume):  # the first phase
         own = dict(strategy="vanilla", constraint="none", epochs=args.pretrain_epochs, lr=args.pretrain_lr,
                    clean_epochs=0, ckpt=str(Path(args.ckpt).with_suffix(".vanilla.pt")))
         train_phase(argparse.Namespace(**vars(args) | own), model, train, val, device, precision)

@@ -279,8 +279,7 @@ ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-
                 "that start at random, :EPS any with a radius")
 
 
-def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0,
-                  mean_eps=None):
+def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0, mean_eps=None):
     """The attacks of a comma-separated list, each once; UsageError for a name that is none.
 
     IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,

@@ -278,7 +278,7 @@ def main():
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    if args.init and not common.going_on(args):  # before a teacher takes its hours
+    if args.init and not common.going_on(args.ckpt, args.resume):  # before a teacher takes its hours
         common.load_init(model, args.init)
     teacher = get_teacher(args, train, val, device, precision)
     lock.close()  # the run takes it
