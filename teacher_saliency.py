@@ -23,14 +23,15 @@ from torch import nn
 import common
 
 # The paper's settings (section 5); momentum, weight decay, the teacher's schedule and its PGD's step are those of the
-# family of codes it builds on, validation images ours. gamma2 is gamma in phase 2. MNIST is not in the paper:
-# shortened; `digits` is a smoke test.
+# family of codes it builds on, validation images ours. beta2 and gamma2 are beta and gamma in phase 2. MNIST is not in
+# the paper: shortened; `digits` is a smoke test.
 CIFAR10 = dict(model="wrn-32-10", normalize="image", batch_size=32, lr=0.1, weight_decay=2e-4, momentum=0.9, val=1000,
-               eps=8 / 255, beta=2.0, gamma=10.0, gamma2=20.0, align_epochs=100, k_epochs=15, ks="90,80,70,60,50",
-               teacher_epochs=100, attack_steps=7, step_size=2 / 255)
+               eps=8 / 255, beta=2.0, gamma=10.0, beta2=2.0, gamma2=20.0, align_epochs=100, k_epochs=15,
+               ks="90,80,70,60,50", teacher_epochs=100, teacher_warmup=0, attack_steps=7, step_size=2 / 255)
 MNIST = dict(CIFAR10, model="lenet+", normalize="none", batch_size=64, lr=0.01, eps=0.3, align_epochs=15, k_epochs=3,
-             teacher_epochs=10, step_size=0.1)
-DIGITS = dict(MNIST, batch_size=32, val=237, eps=0.1, align_epochs=8, k_epochs=2, teacher_epochs=8, step_size=0.03)
+             teacher_epochs=10, teacher_warmup=3, step_size=0.1)
+DIGITS = dict(MNIST, batch_size=32, val=237, eps=0.1, align_epochs=8, k_epochs=2, teacher_epochs=8, teacher_warmup=0,
+              step_size=0.03)
 PAPER = {"cifar10": CIFAR10, "cifar100": dict(CIFAR10, gamma2=15.0), "mnist": MNIST, "digits": DIGITS}
 
 # Differences from the paper, and what it leaves open
@@ -51,8 +52,8 @@ PAPER = {"cifar10": CIFAR10, "cifar100": dict(CIFAR10, gamma2=15.0), "mnist": MN
 # - --precision auto is bfloat16 for the teacher's training alone: it is too coarse for maps, whose discriminators see
 #   nothing but relative differences.
 # - From --init neither optimiser nor discriminators come along: phase 2 of a saved phase 1 begins with fresh ones.
-# - Table 9's beta = 0 holds in both phases here, its gamma = 20 is phase 2's. Tables 13 and 14: a single k trains for
-#   --k-epochs, a fifth of phase 2, unless told otherwise.
+# - Table 9's gamma = 20 is phase 2's, so its beta = 0 and gamma = 0 are read as phase 2's, too: --beta2 0, --gamma2 0.
+# - Tables 13 and 14: a single k trains for --k-epochs, a fifth of phase 2, unless told otherwise.
 # - Cost: the paper claims 10 to 20 % of adversarial training's time. By counted passes a step of phase 1 takes 4, of
 #   phase 2 6, of PGD-7 training 8; and the teacher is trained so, too.
 # - A teacher of another data set gets a new last layer, trained on clean images with the rest frozen.
@@ -71,8 +72,9 @@ def parse(argv=None):
          "minus grad CE; also what the second discriminator sees (%(default)s)")
     flag("--ldiff-scale", choices=["image", "family"], default="image", help="how squared distances of maps are "
          "summed: over an image, or over the batch with images in [0, 255] (%(default)s)")
-    flag("--beta", type=common.number(0), help="weight of the discriminators' terms (the paper's)")
+    flag("--beta", type=common.number(0), help="weight of L_robust in phase 1 (the paper's)")
     flag("--gamma", type=common.number(0), help="weight of L_diff in phase 1 (the paper's)")
+    flag("--beta2", type=common.number(0), help="weight of L_robust and L_curr-robust in phase 2 (the paper's)")
     flag("--gamma2", type=common.number(0), help="weight of L_diff and L_curr-diff in phase 2 (the paper's)")
     flag("--align-epochs", type=common.natural, help="epochs of phase 1; 0 with --init: table 8 (the paper's)")
     flag("--ks", help="percentages of pixels in phase 2, in order; one alone: no curriculum (the paper's)")
@@ -82,6 +84,8 @@ def parse(argv=None):
     flag("--input-noise", type=common.number(0, 1), default=0.0, help="half-width of uniform noise on the images of "
          "student and teacher, in [0, 1] units (%(default)s)")
     flag("--teacher-epochs", type=common.count, help="epochs of the teacher's PGD training, or of its new last layer")
+    flag("--teacher-warmup", type=common.natural, help="first epochs of it in which the radius grows (the paper's: 0; "
+         "on MNIST 3, else it stays at chance)")
     flag("--attack-steps", type=common.count, help="steps of the teacher's PGD (the paper's)")
     flag("--step-size", type=common.unit, help="step of the teacher's PGD and the smallest of "
          "validation's, in [0, 1] units (the family of codes')")
@@ -149,7 +153,8 @@ def saliency_loss(model, teacher, discriminators, x, y, k, args):
     x = x.detach().requires_grad_(True)
     logits = model(x)
     ce = common.cross_entropy(logits, y)
-    gamma, terms, pairs = args.gamma2 if k else args.gamma, dict(ce=ce.mean()), [None]
+    beta, gamma = (args.beta2, args.gamma2) if k else (args.beta, args.gamma)
+    terms, pairs = dict(ce=ce.mean()), [None]
     loss, terms["teacher_norm"] = terms["ce"], squared_distance(j_t, torch.zeros_like(j_t), args)  # see table 7
 
     # Eqs. 9, 11, 12:  J_S^TCI = grad Psi_y;  L_robust = log(1 - f_disc(J_S^TCI)), the student's part;
@@ -158,7 +163,7 @@ def saliency_loss(model, teacher, discriminators, x, y, k, args):
         j_s, = torch.autograd.grad(score(logits, y, args.score).sum(), x, create_graph=True)
         terms["robust"] = F.logsigmoid(-discriminators[0](torch.cat([j_s, j_t]))[:len(x)]).mean()
         terms["diff"] = squared_distance(j_s, j_t, args)
-        loss, pairs = loss + args.beta * terms["robust"] + gamma * terms["diff"], [(j_s.detach(), j_t)]
+        loss, pairs = loss + beta * terms["robust"] + gamma * terms["diff"], [(j_s.detach(), j_t)]
 
     # Eqs. 15, 17, 18:  the same with +-J_S^CE = +-grad CE and J_T,k^TCI
     if k:
@@ -166,7 +171,7 @@ def saliency_loss(model, teacher, discriminators, x, y, k, args):
         j_tk, j_curr = top_k(j_t, k), j_ce if args.curriculum_sign == "literal" else -j_ce
         terms["curr_robust"] = F.logsigmoid(-discriminators[1](torch.cat([j_curr, j_tk]))[:len(x)]).mean()
         terms["curr_diff"] = squared_distance(j_curr, j_tk, args)
-        loss = loss + args.beta * terms["curr_robust"] + gamma * terms["curr_diff"]
+        loss = loss + beta * terms["curr_robust"] + gamma * terms["curr_diff"]
         pairs.append((j_curr.detach(), j_tk))
     return dict(loss=loss, **terms), pairs
 
@@ -218,12 +223,14 @@ def train_teacher(args, name, model, train, val, device, precision):
         started, meter = time.perf_counter(), common.Meter(epoch)
         for group in optimizer.param_groups:  # two drops
             group["lr"] = args.lr * 0.1 ** sum(epoch >= share * args.teacher_epochs for share in (0.5, 0.75))
+        ramp = min(1.0, (epoch + 1) / (args.teacher_warmup + 1))
         model.train(not args.teacher)
         augment = common.DATASETS[args.dataset]["augment"]
         for x, y, _ in common.train_batches(train, args.batch_size, args.seed, epoch, augment):
             with common.autocast(device, precision):
                 if not args.teacher:
-                    x = common.pgd(model, x, y, args.eps, args.step_size, args.attack_steps, mode=args.attack_mode)
+                    x = common.pgd(model, x, y, ramp * args.eps, ramp * args.step_size, args.attack_steps,
+                                   mode=args.attack_mode)
                 loss = common.cross_entropy(model(x), y).mean()
             optimizer.zero_grad()
             loss.backward()
