@@ -101,6 +101,8 @@ def parse(argv=None):
         raise common.UsageError(f"--ks {args.ks}: {error}")
     if len(set(ks)) < len(ks) or args.align_delay > args.align_epochs:
         raise common.UsageError("--ks names a percentage twice, or --align-delay goes beyond --align-epochs")
+    if not args.teacher and args.teacher_warmup >= args.teacher_epochs:
+        raise common.UsageError("the teacher never sees the full radius: --teacher-epochs beyond --teacher-warmup")
     if not args.align_epochs and not args.init:
         raise common.UsageError("--align-epochs 0 needs --init, the network to begin phase 2 with")
     args.epochs = args.align_epochs + len(ks) * args.k_epochs

@@ -44,7 +44,7 @@ CASES = [(k, score, sign, scale) for k in (None, 50) for score in ("logit", "pro
 @pytest.mark.parametrize("k, kind, sign, scale", CASES)
 def test_loss_equals_the_formula(k, kind, sign, scale):
     """Eqs. 10 to 18 from maps made one image at a time."""
-    flags = ["--score", kind, "--curriculum-sign", sign, "--ldiff-scale", scale, "--gamma2", "7"]
+    flags = ["--score", kind, "--curriculum-sign", sign, "--ldiff-scale", scale, "--gamma2", "7", "--beta2", "3"]
     model, teacher, discriminators, x, y, args = small(*flags)
     discriminators.eval()
     terms, pairs = saliency.saliency_loss(model, teacher, discriminators, x, y, k, args)
@@ -53,12 +53,12 @@ def test_loss_equals_the_formula(k, kind, sign, scale):
     ce = F.cross_entropy(model(x), y)
     expected = dict(ce=ce, robust=(1 - discriminators[0](j_s).sigmoid()).log().mean(),
                     teacher_norm=unit * j_t.square().sum(), diff=unit * (j_s - j_t).square().sum())
-    total = ce + 2 * expected["robust"] + (7 if k else 10) * expected["diff"]
+    total = ce + (3 if k else 2) * expected["robust"] + (7 if k else 10) * expected["diff"]
     if k:
         signed, masked = j_ce if sign == "literal" else -j_ce, saliency.top_k(j_t, k)
         expected |= dict(curr_robust=(1 - discriminators[1](signed).sigmoid()).log().mean(),
                          curr_diff=unit * (signed - masked).square().sum())
-        total = total + 2 * expected["curr_robust"] + 7 * expected["curr_diff"]
+        total = total + 3 * expected["curr_robust"] + 7 * expected["curr_diff"]
         torch.testing.assert_close(pairs[1][0], signed)
     torch.testing.assert_close(pairs[0][0], j_s)
     assert terms.keys() == {"loss"} | expected.keys()
@@ -149,7 +149,8 @@ def test_schedule_and_settings():
     one = saliency.parse(["--align-epochs", "0", "--init", "at.pt", "--ks", "50", "--k-epochs", "4"])
     assert [saliency.phase(epoch, one)[0] for epoch in range(one.epochs)] == [50] * 4
     for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"],
-                  ["--teacher", "at.pt", "--attack-steps", "7"], ["--align-epochs", "0"]):
+                  ["--teacher", "at.pt", "--attack-steps", "7"], ["--align-epochs", "0"],
+                  ["--teacher-epochs", "3", "--teacher-warmup", "3"]):
         with pytest.raises(common.UsageError):
             saliency.parse(flags)
     prob, logit = small("--score", "prob")[-1], small("--score", "logit")[-1]
@@ -163,6 +164,21 @@ def test_alignment_can_be_dropped_in_phase_2():
     assert saliency.discriminator_loss(discriminators, pairs)[0].isfinite()
     terms, _ = saliency.saliency_loss(model, teacher, discriminators, x, y, None, args)
     assert set(terms) == {"loss", "ce", "teacher_norm", "robust", "diff"}
+
+
+def test_the_teachers_radius_grows(tmp_path, monkeypatch):
+    """A third, two thirds, all of radius and step in its first epochs; validation is at the full radius always."""
+    seen, real = [], common.pgd
+
+    def watched(model, x, y, eps, step, steps, **more):
+        seen.append((round(eps, 6), round(step, 6), steps))
+        return real(model, x, y, eps, step, steps, **more)
+    monkeypatch.setattr(common, "pgd", watched)
+    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--teacher-epochs", 4, "--teacher-warmup", 2, "--eps", "0.3",
+             "--step-size", "0.06", "--align-epochs", 1, "--ks", 50, "--ckpt", tmp_path / "run.pt")
+    radii = list(dict.fromkeys(row for row in seen if row[2] == 2))
+    assert radii == [(0.1, 0.02, 2), (0.2, 0.04, 2), (0.3, 0.06, 2)]
+    assert {row for row in seen if row[2] == 20} == {(0.3, 0.075, 20)}
 
 
 def test_a_teacher_of_another_data_set(tmp_path):
