@@ -836,11 +836,12 @@ def load_checkpoint(path):
 
 
 def load_init(model, path):
-    """Load the last weights of a checkpoint (the best, where it holds no others) into a model."""
+    """Load the last weights of a checkpoint (the best, where it holds no others) into a model; returns the former."""
     checkpoint = load_checkpoint(path)
     if checkpoint["normalize"] != model.normalize:
         raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, this one {model.normalize}")
     load_weights(model, (checkpoint["last"] or checkpoint["best"])["state_dict"], path)
+    return checkpoint
 
 
 def load_weights(model, state_dict, path):

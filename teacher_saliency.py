@@ -51,7 +51,7 @@ PAPER = {"cifar10": CIFAR10, "cifar100": dict(CIFAR10, gamma2=15.0), "mnist": MN
 # - TinyImageNet (table 10, teacher A of table 3) is not here yet.
 # - --precision auto is bfloat16 for the teacher's training alone: it is too coarse for maps, whose discriminators see
 #   nothing but relative differences.
-# - From --init neither optimiser nor discriminators come along: phase 2 of a saved phase 1 begins with fresh ones.
+# - Phase 2 of a saved phase 1 (--align-epochs 0 --init run.align.pt) takes its discriminators, but not its momentum.
 # - Table 9's gamma = 20 is phase 2's, so its beta = 0 and gamma = 0 are read as phase 2's, too: --beta2 0, --gamma2 0.
 # - Tables 13 and 14: a single k trains for --k-epochs, a fifth of phase 2, unless told otherwise.
 # - Cost: the paper claims 10 to 20 % of adversarial training's time. By counted passes a step of phase 1 takes 4, of
@@ -287,8 +287,9 @@ def main():
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
+    kept = None
     if args.init and not common.going_on(args.ckpt, args.resume):  # before a teacher takes its hours
-        common.load_init(model, args.init)
+        kept = common.load_init(model, args.init).get("method_state")
     teacher = get_teacher(args, train, val, device, precision)
     lock.close()  # the run takes it
     precision = "float32" if args.precision == "auto" else precision
@@ -299,9 +300,10 @@ def main():
     groups = [dict(params=module.parameters()) for module in (model, *discriminators)]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
-    first = run.restore(model, optimizer)
-    if run.method_state:
-        discriminators.load_state_dict(run.method_state["discriminators"])
+    first, kept = run.restore(model, optimizer), run.method_state or kept
+    if kept and "discriminators" in kept:
+        discriminators.load_state_dict(kept["discriminators"])
+    if first:
         keep_phase(run, first - 1, args)  # killed after the epoch, it had not been
     for epoch in range(first, args.epochs):
         started, meter, judged = time.perf_counter(), common.Meter(epoch), common.Meter(epoch)

@@ -166,6 +166,21 @@ def test_alignment_can_be_dropped_in_phase_2():
     assert set(terms) == {"loss", "ce", "teacher_norm", "robust", "diff"}
 
 
+def test_phase_2_alone_takes_the_discriminators_of_phase_1(tmp_path):
+    """With a vanishing learning rate they are still those of run.align.pt at the end, and so is the network."""
+    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt")
+    run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--lr", "1e-12", "--align-epochs", 0, "--init",
+             tmp_path / "run.align.pt", "--teacher", tmp_path / "run.teacher.pt", "--ckpt", tmp_path / "two.pt")
+    align, two = (torch.load(tmp_path / name, weights_only=True) for name in ("run.align.pt", "two.pt"))
+    assert [row["k"] for row in two["history"]] == [80, 50]
+    judges = [{name: value for name, value in state["method_state"]["discriminators"].items() if "weight" in name}
+              for state in (align, two)]
+    for name, value in judges[0].items():
+        torch.testing.assert_close(judges[1][name], value, msg=name)
+    for name, value in align["last"]["state_dict"].items():
+        torch.testing.assert_close(two["last"]["state_dict"][name], value, msg=name)
+
+
 def test_the_teachers_radius_grows(tmp_path, monkeypatch):
     """A third, two thirds, all of radius and step in its first epochs; validation is at the full radius always."""
     seen, real = [], common.pgd
