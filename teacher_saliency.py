@@ -22,9 +22,9 @@ from torch import nn
 
 import common
 
-# The paper's settings (section 5); momentum, weight decay, the teacher's schedule and its PGD's step are those of the
-# family of codes it builds on, validation images ours. beta2 and gamma2 are beta and gamma in phase 2. MNIST is not in
-# the paper: shortened; `digits` is a smoke test.
+# The paper's settings (section 5, appendix); momentum, weight decay and the teacher's two drops are those of the family
+# of codes it builds on, validation images ours. beta2 and gamma2 are beta and gamma in phase 2. MNIST is not in the
+# paper: shortened; `digits` is a smoke test.
 CIFAR10 = dict(model="wrn-32-10", normalize="image", batch_size=32, lr=0.1, weight_decay=2e-4, momentum=0.9, val=1000,
                eps=8 / 255, beta=2.0, gamma=10.0, beta2=2.0, gamma2=20.0, align_epochs=100, k_epochs=15,
                ks="90,80,70,60,50", teacher_epochs=100, teacher_warmup=0, attack_steps=7, step_size=2 / 255)
@@ -37,15 +37,17 @@ PAPER = {"cifar10": CIFAR10, "cifar100": dict(CIFAR10, gamma2=15.0), "mnist": MN
 # Differences from the paper, and what it leaves open
 # - --score: section 4 writes the true class's logit, its family of codes differentiates the probability.
 # - --curriculum-sign: literally eq. 18 asks grad CE to equal the teacher's map, which points the other way: with the
-#   probability score grad CE is, per sample, minus the saliency divided by the probability. negated does what the text
-#   describes.
+#   probability score grad CE is, per sample, minus the saliency divided by the probability (where no BatchNorm in
+#   training mode mixes samples). negated does what the text describes.
 # - --ldiff-scale: image sums over an image and averages over the batch, with images in [0, 1]; family sums over the
 #   batch too, with images in [0, 255].
-# - The student minimises eqs. 11 and 17 as printed, log(1 - D); the maps of student and teacher pass the discriminators
-#   as one batch, as in the authors' family of codes, which also update them every 5 steps.
+# - The student minimises the second term of eqs. 11 and 17 as printed, log(1 - D); the first moves it only through the
+#   BatchNorm of the discriminators, which maps of student and teacher pass as one batch, as in the authors' family of
+#   codes, which also update them every 5 steps. They see maps without mean and length, so agree up to both.
+# - k begins at 90, as in one place of section 4; another says 100. A pixel's salience is its channel sum of |J_T|.
 # - BatchNorm is in eval mode for the teacher's maps and at evaluation; the family's code evaluates in train mode.
-# - The best epoch by PGD-20 on held-out images is kept; the network after phase 1 and after every k lies beside it
-#   (run.align.pt, run.k90.pt ...).
+# - The best epoch of phase 2 by PGD-20 on held-out images is kept; the network after phase 1 and after every k lies
+#   beside it (run.align.pt, run.k90.pt ...).
 # - The discriminators' loss averages over the maps of both networks: half of eqs. 14 and 19, the sum of two means.
 # - With BatchNorm in training mode a map counts the influence of the other images of the batch, too.
 # - TinyImageNet (table 10, teacher A of table 3) is not here yet.
@@ -88,12 +90,13 @@ def parse(argv=None):
          "on MNIST 3, else it stays at chance)")
     flag("--attack-steps", type=common.count, help="steps of the teacher's PGD (the paper's)")
     flag("--step-size", type=common.unit, help="step of the teacher's PGD and the smallest of "
-         "validation's, in [0, 1] units (the family of codes')")
+         "validation's, in [0, 1] units (the paper's; MNIST: ours)")
     args = parser.parse_args(argv)
     if args.epochs:
         raise common.UsageError("--epochs follows from --align-epochs, --ks and --k-epochs")
-    if args.teacher and args.attack_steps:
-        raise common.UsageError("--attack-steps is for a teacher that is trained here, not for --teacher")
+    if args.teacher and (args.attack_steps or args.teacher_warmup is not None):
+        raise common.UsageError("--attack-steps and --teacher-warmup are for a teacher that is trained here, not for "
+                                "--teacher")
     common.resolve(args, PAPER[args.dataset])
     try:
         ks = [common.number(1, 100, kind=int)(k) for k in args.ks.split(",")]
@@ -157,7 +160,7 @@ def saliency_loss(model, teacher, discriminators, x, y, k, args):
     ce = common.cross_entropy(logits, y)
     beta, gamma = (args.beta2, args.gamma2) if k else (args.beta, args.gamma)
     terms, pairs = dict(ce=ce.mean()), [None]
-    loss, terms["teacher_norm"] = terms["ce"], squared_distance(j_t, torch.zeros_like(j_t), args)  # see table 7
+    loss, terms["teacher_norm"] = terms["ce"], squared_distance(j_t, torch.zeros_like(j_t), args)  # ||J_T||^2
 
     # Eqs. 9, 11, 12:  J_S^TCI = grad Psi_y;  L_robust = log(1 - f_disc(J_S^TCI)), the student's part;
     # L_diff = ||J_S^TCI - J_T^TCI||^2
@@ -216,8 +219,10 @@ def validate(model, val, args, device, precision):
 def train_teacher(args, name, model, train, val, device, precision):
     """PGD training of all weights, or of the last layer on clean images where the teacher comes from elsewhere; name:
     its backbone."""
-    own = dict(epochs=args.teacher_epochs, ckpt=str(Path(args.ckpt).with_suffix(".teacher.pt")), model=name,
-               normalize=model.normalize, init=None)
+    path = Path(args.ckpt).with_suffix(".teacher.pt")
+    if args.teacher and Path(args.teacher).resolve() == path.resolve():
+        raise common.UsageError(f"--teacher {path} would be replaced by its own fine-tuning: another --ckpt")
+    own = dict(epochs=args.teacher_epochs, ckpt=str(path), model=name, normalize=model.normalize, init=None)
     run = common.Run("teacher_saliency", dict(vars(args), precision=precision, **own), device)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -267,6 +272,11 @@ def get_teacher(args, train, val, device, precision):
     return teacher.eval().requires_grad_(False)
 
 
+def phase_path(ckpt, k):
+    """Where the network after a k, or after alignment (None), is kept."""
+    return Path(ckpt).with_suffix(f".k{k}.pt" if k else ".align.pt")
+
+
 def keep_phase(run, epoch, args):
     """Keep the network after the last epoch of a k, or of alignment, in a file of its own."""
     k = phase(epoch, args)[0]
@@ -275,8 +285,7 @@ def keep_phase(run, epoch, args):
     checkpoint = common.load_checkpoint(run.path)
     if checkpoint["last"]["epoch"] == epoch + 1:  # killed later, the file is there and run.pt is ahead of it
         checkpoint["best"] = dict(checkpoint["last"], metric=run.history[-1].get("val/robust"))
-        path = run.path.with_suffix(f".k{k}.pt" if k else ".align.pt")
-        common.write_beside(path, lambda file: torch.save(checkpoint, file))
+        common.write_beside(phase_path(run.path, k), lambda file: torch.save(checkpoint, file))
 
 
 def main():
@@ -284,12 +293,15 @@ def main():
     device, precision = common.set_up(args.device, args.precision)
     args.ckpt = args.ckpt or common.default_path("teacher_saliency", args.dataset)
     lock = common.claim(args.ckpt, args.resume, args.overwrite)
+    kept = [path for path in (phase_path(args.ckpt, phase(e, args)[0]) for e in range(args.epochs)) if path.exists()]
+    if kept and not args.overwrite and not common.going_on(args.ckpt, args.resume):
+        raise common.UsageError(f"{kept[0]} exists: --overwrite replaces it")
     train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, args.dataset, args.normalize, device)
-    kept = None
+    judges = None
     if args.init and not common.going_on(args.ckpt, args.resume):  # before a teacher takes its hours
-        kept = common.load_init(model, args.init).get("method_state")
+        judges = common.load_init(model, args.init).get("method_state")
     teacher = get_teacher(args, train, val, device, precision)
     lock.close()  # the run takes it
     precision = "float32" if args.precision == "auto" else precision
@@ -300,12 +312,14 @@ def main():
     groups = [dict(params=module.parameters()) for module in (model, *discriminators)]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
-    first, kept = run.restore(model, optimizer), run.method_state or kept
-    if kept and "discriminators" in kept:
-        discriminators.load_state_dict(kept["discriminators"])
+    first, judges = run.restore(model, optimizer), run.method_state or judges
+    if judges and "discriminators" in judges:
+        discriminators.load_state_dict(judges["discriminators"])
     if first:
         keep_phase(run, first - 1, args)  # killed after the epoch, it had not been
     for epoch in range(first, args.epochs):
+        if epoch == args.align_epochs:
+            run.best = None  # the best of phase 2
         started, meter, judged = time.perf_counter(), common.Meter(epoch), common.Meter(epoch)
         k, lr = phase(epoch, args)
         for group in optimizer.param_groups:

@@ -150,6 +150,7 @@ def test_schedule_and_settings():
     assert [saliency.phase(epoch, one)[0] for epoch in range(one.epochs)] == [50] * 4
     for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"],
                   ["--teacher", "at.pt", "--attack-steps", "7"], ["--align-epochs", "0"],
+                  ["--teacher", "at.pt", "--teacher-warmup", "0"],
                   ["--teacher-epochs", "3", "--teacher-warmup", "3"]):
         with pytest.raises(common.UsageError):
             saliency.parse(flags)
@@ -181,6 +182,21 @@ def test_phase_2_alone_takes_the_discriminators_of_phase_1(tmp_path):
         torch.testing.assert_close(two["last"]["state_dict"][name], value, msg=name)
 
 
+def test_the_best_epoch_is_of_phase_2(tmp_path, monkeypatch):
+    """Though phase 1 was better; and a network kept for a phase is not replaced unasked."""
+    robust = iter([0.1, 0.2, 0.9, 0.8, 0.3, 0.4])  # two epochs of the teacher, two of phase 1, two of phase 2
+    monkeypatch.setattr(saliency, "validate", lambda *_: {"val/clean": 1.0, "val/robust": next(robust)})
+    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt")
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["best"]["epoch"] == 4
+    assert torch.load(tmp_path / "run.align.pt", weights_only=True)["best"]["epoch"] == 2
+    for name in ("run.pt", "run.resume.pt", "run.jsonl", "run.k80.pt", "run.k50.pt"):
+        (tmp_path / name).unlink()
+    before = (tmp_path / "run.align.pt").read_bytes()
+    with pytest.raises(common.UsageError, match="align.pt exists"):
+        run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt")
+    assert (tmp_path / "run.align.pt").read_bytes() == before
+
+
 def test_the_teachers_radius_grows(tmp_path, monkeypatch):
     """A third, two thirds, all of radius and step in its first epochs; validation is at the full radius always."""
     seen, real = [], common.pgd
@@ -210,6 +226,11 @@ def test_a_teacher_of_another_data_set(tmp_path):
     head = [name for name in given if name.startswith("9.")]
     assert all(torch.equal(given[name], teacher[name]) for name in given if name not in head)
     assert head and not any(torch.equal(given[name], teacher[name]) for name in head)
+    (tmp_path / "own.teacher.pt").write_bytes(elsewhere.read_bytes())
+    with pytest.raises(common.UsageError, match="another --ckpt"):
+        run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--ckpt", tmp_path / "own.pt", "--teacher",
+                 tmp_path / "own.teacher.pt")
+    assert (tmp_path / "own.teacher.pt").read_bytes() == elsewhere.read_bytes()
 
 
 @pytest.mark.parametrize("flags", [[], ["--align-delay", "1", "--input-noise", "8/255"], [
