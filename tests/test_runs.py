@@ -257,7 +257,8 @@ def test_bad_input_ends_in_one_line(tmp_path):
         assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in out + err
     words = [*SHORT, "--epochs", "1000", "--ckpt", tmp_path / "run.pt", "--wandb", "disabled"]
     process = subprocess.Popen([sys.executable, ROOT / "sat_rx.py", *words], stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, text=True)
+                               stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored after `&`
     while not (tmp_path / "run.resume.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
