@@ -10,7 +10,7 @@ the gradient itself, not its sign, and changes the most salient values only (alg
     python dra_finetune.py --dataset digits                 # bundled real digits: no download, a minute on a CPU
 
 Measured (README.md) on MNIST, 10 epochs instead of 50: clean accuracy is kept, 99.3 %, but PGD-20 leaves 85.7 % at eps
-0.1 and 1.9 % at 0.3, where the paper has 98.0 and 95.9.
+0.1 and 1.9 % at 0.3, where the paper has 98.0 and 95.9; on CIFAR-10 with 2,000 images alone.
 """
 
 import argparse
