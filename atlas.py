@@ -1,243 +1,384 @@
 """ATLAS: adversarial training via local stability.
 
-Adversarial Training via LocAl Stability, 2021. A weak adversary x' is worth more when the network is made stable around
-it: a small Jacobian there (local), and a prediction that agrees with the one at the clean image (global). Eq. 12:
-    mean over x of  CE(x') + alpha * ||J(x')||_F^2 + beta * KL(p(x') || p(x)),     x' in the eps-ball around x
+Adversarial Training via LocAl Stability, 2021. A weak adversary x' is worth more when the network
+is made stable around it: a small Jacobian there (local), and a prediction that agrees with the one
+at the clean image (global). Eq. 12, with x' in the eps-ball around x:
+    mean over x of  CE(x') + alpha * ||J(x')||_F^2 + beta * KL(p(x') || p(x))
 
-    python atlas.py --steps 1 --alpha 2e-4 --beta 5         # the paper's one-step ATLAS on CIFAR-10, WRN-28-8
-    python atlas.py --dataset digits                        # bundled real digits: no download, a minute on a CPU
+    python atlas.py --steps 1 --alpha 2e-4 --beta 5    # the paper's one-step ATLAS, CIFAR-10
+    python atlas.py --dataset digits                   # bundled real digits, a minute on a CPU
 
-Measured on MNIST alone (README.md): of cnn-small's accuracy on 500 images PGD-1000 leaves 80.2 % with one-step ATLAS
-and 72.0 with one-step ADV if the seed is 0, but 40.4 and 75.0 if it is 1.
+Measured: see results/.
 """
 
 import argparse
-import functools
 import time
 
 import torch
 
 import common
 
-# The paper's settings (appendix B). MNIST's "4-layer CNN" of two convolutional and two fully connected layers is not
-# printed: LeNet+ is one. Momentum on MNIST is ours. `digits` is a smoke test, its settings are ours.
-CIFAR = dict(model="wrn-28-8", normalize="none", epochs=100, batch_size=64, lr=0.1, weight_decay=2e-4, momentum=0.9,
-             val=5000, eps=8 / 255, fgsm_step=1.25, step_size=0.007, val_steps=10, ramp=15, clip_start=True)
-MNIST = dict(CIFAR, model="lenet+", batch_size=128, lr=0.01, weight_decay=0.0, eps=0.3, step_size=0.01, val_steps=20,
-             clip_start=False)
-DIGITS = dict(MNIST, epochs=30, batch_size=32, lr=0.02, val=237, eps=0.1, step_size=0.02, val_steps=10, ramp=4)
-PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS}
-WEIGHTS = {  # (alpha, beta) for one step and for several; zero-step JAC has no adversary
-    "cifar10": {"atlas": [(2e-4, 5.0), (1e-4, 5.0)], "trades": [(0.0, 2.0), (0.0, 4.0)], "jac": [(0.5, 0.0)] * 2,
-                "tradesjac": [(2e-4, 0.5)] * 2, "adv": [(0.0, 0.0)] * 2},
-    "cifar100": {"atlas": [(2e-4, 5.0), (1e-4, 10.0)], "trades": [(0.0, 2.0), (0.0, 4.0)], "jac": [(0.5, 0.0)] * 2,
-                 "tradesjac": [(2e-4, 0.5)] * 2, "adv": [(0.0, 0.0)] * 2},
-    "mnist": {"atlas": [(1e-5, 0.3), (5e-6, 0.2)], "trades": [(0.0, 1.0)] * 2, "jac": [(0.5, 0.0)] * 2,
-              "tradesjac": [(1e-5, 0.3)] * 2, "adv": [(0.0, 0.0)] * 2},
-}  # not printed: tradesjac for several steps, and on MNIST, where it has one-step ATLAS's; what ATLAS-l and -g had
-WEIGHTS["digits"] = WEIGHTS["mnist"]
-LOCAL, ATTACKED = ("atlas", "jac", "tradesjac"), ("atlas", "adv", "trades", "tradesjac")
-USES = {"alpha": LOCAL, "projections": LOCAL, "beta": ("atlas", "trades", "tradesjac"), "steps": ATTACKED,
-        "ramp": ATTACKED, "clip_start": ATTACKED, "fgsm_step": ATTACKED}  # flag -> the losses that read it
+# The paper's settings (appendix B). A dictionary has a value per method. alpha and beta differ for
+# one step of the attack and for several. Not printed: tradesjac for several steps, and on MNIST,
+# where it has one-step ATLAS's; what ATLAS-l and ATLAS-g had. MNIST's "4-layer CNN" of two
+# convolutional and two fully connected layers is not printed: LeNet+ is one. Momentum on MNIST is
+# ours. `digits` is a smoke test, its settings are ours.
+CIFAR10 = dict(
+    model="wrn-28-8", normalize="none", augment="crop-flip", epochs=100, batch_size=64, lr=0.1,
+    weight_decay=2e-4, momentum=0.9, val=5000, eps=8 / 255, fgsm_step=1.25, clip_start=True,
+    step_size=0.007, val_steps=10, ramp={"jac": 0, "else": 15},
+    alpha={"atlas": 2e-4, "jac": 0.5, "tradesjac": 2e-4},
+    beta={"atlas": 5.0, "trades": 2.0, "tradesjac": 0.5},
+    alpha_several_steps={"atlas": 1e-4, "jac": 0.5, "tradesjac": 2e-4},
+    beta_several_steps={"atlas": 5.0, "trades": 4.0, "tradesjac": 0.5})
+CIFAR100 = dict(CIFAR10, beta_several_steps={"atlas": 10.0, "trades": 4.0, "tradesjac": 0.5})
+MNIST = dict(
+    CIFAR10, model="lenet+", augment="none", batch_size=128, lr=0.01, weight_decay=0.0, eps=0.3,
+    step_size=0.01, val_steps=20, clip_start=False,
+    alpha={"atlas": 1e-5, "jac": 0.5, "tradesjac": 1e-5},
+    beta={"atlas": 0.3, "trades": 1.0, "tradesjac": 0.3},
+    alpha_several_steps={"atlas": 5e-6, "jac": 0.5, "tradesjac": 1e-5},
+    beta_several_steps={"atlas": 0.2, "trades": 1.0, "tradesjac": 0.3})
+DIGITS = dict(MNIST, epochs=30, batch_size=32, lr=0.02, eps=0.1, step_size=0.02, val_steps=10,
+              ramp={"jac": 0, "else": 4})
+PAPER = {"cifar10": CIFAR10, "cifar100": CIFAR100, "mnist": MNIST, "digits": DIGITS}
 
 # Differences from the paper
-# - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, squared as the text has it; eqs. 2, 6 and
-#   12 print no square. The public package that the paper cites has a factor of 1/2: an alpha of its authors may mean
-#   half of ours.
-# - One step: on CIFAR the random start is clipped to [0, 1] before its gradient is taken, on MNIST it is not, as in the
-#   code of Wong et al., whose advice the paper follows. Clipped, a black pixel ends at 0 or eps and nowhere between.
-# - Attacks see BatchNorm in eval mode (--attack-mode train: the other, as in the one-step ADV that the paper follows).
-# - PGD's step never exceeds the eps of the moment while eps grows.
-# - eps grows from step to step. alpha and beta of every loss, not of ATLAS alone, grow with it; JAC, which has no eps,
-#   starts with its alpha.
-# - The count of epochs without a gain starts when eps has reached its value, or the first cut could come before; the
-#   best so far counts from the first epoch. Training ends after 100 epochs at the latest.
-# - TRADES and TradesJac with several steps start from x plus a Gaussian of deviation 0.001, as TRADES's authors do.
-# - CIFAR images are cropped and flipped; MNIST has no weight decay: the paper says nothing of either.
-# - With BatchNorm in training mode the estimate of ||J||_F^2 counts the influence of other images of the batch, too.
-# - bfloat16 where the hardware has it, also for the validation attack that guides training; evaluate.py is in float32.
+# - ||J||_F^2 is C ||v^T d logits / dx'||^2 with v uniform on the unit sphere, squared as the text
+#   has it; eqs. 2, 6 and 12 print no square. The public package that the paper cites has a factor
+#   of 1/2: an alpha of its authors may mean half of ours.
+# - Where the authors normalise outside the network, their J^2 is smaller by std^2, about 1/16.
+# - One step: on CIFAR the random start is clipped to [0, 1] before its gradient is taken, on MNIST
+#   it is not, as in the code of Wong et al., whose advice the paper follows. Clipped, a black
+#   pixel ends at 0 or eps and nowhere between.
+# - Attacks see BatchNorm in eval mode. In train mode, as in the one-step ADV that the paper
+#   follows: --attack-mode train.
+# - x' and x pass BatchNorm in separate forward passes: x' first in ATLAS, x first in its rivals.
+# - PGD's step never exceeds the current eps while eps grows.
+# - eps grows from step to step. alpha and beta of every method, not of ATLAS alone, grow with it;
+#   JAC, which has no eps, starts with its alpha.
+# - The count of epochs without a gain starts when eps has reached its value, or the first cut
+#   could come before. The best so far counts from the first epoch. Training ends after 100 epochs
+#   at the latest.
+# - The choice of validation images does not depend on --seed.
+# - TRADES and TradesJac with several steps start from x plus a Gaussian of deviation 0.001, as
+#   TRADES's authors do.
+# - CIFAR images are cropped and flipped; MNIST has no weight decay: the paper says nothing of
+#   either.
+# - With BatchNorm in training mode the estimate of ||J||_F^2 counts the influence of other images
+#   of the batch, too.
+# - bfloat16 where the hardware has it, also for the validation attack that guides training.
 
 
-def parse(argv=None):
-    """The resolved flags; argv as in argparse."""
-    parser = common.Parser(__doc__)
-    common.shared_flags(parser, PAPER)
-    flag = parser.add_argument
-    flag("--loss", choices=["atlas", "adv", "trades", "jac", "tradesjac"], default="atlas", help="ATLAS (with --beta 0 "
-         "ATLAS-l, with --alpha 0 ATLAS-g), ADV, TRADES, zero-step JAC or TradesJac (%(default)s)")
-    flag("--steps", type=common.count, help="steps of the training attack; 1: FGSM from a random start, more: PGD (1)")
-    flag("--fgsm-step", type=common.number(0, above=True), help="length of one step in units of eps (the paper's 1.25; "
-         "fig. 4: 1.5, 1.8)")
-    flag("--clip-start", action=argparse.BooleanOptionalAction, help="clip one step's random start to [0, 1] before "
-         "its gradient is taken (Wong et al.'s: on CIFAR, not on MNIST)")
-    flag("--step-size", type=common.unit, help="PGD's step, of several steps and of validation, in [0, 1] units (the "
-         "paper's)")
-    flag("--alpha", type=common.number(0), help="weight of the Jacobian term (the paper's for --loss and --steps)")
-    flag("--beta", type=common.number(0), help="weight of the KL term (the paper's for --loss and --steps)")
-    flag("--projections", type=common.count, help="random projections of the Jacobian (1)")
-    flag("--ramp", type=common.natural, help="epochs over which eps grows from 0 (the paper's)")
-    flag("--plateau", type=common.count, default=2, help="epochs without a gain that divide lr by 5 (%(default)s)")
-    flag("--patience", type=common.count, default=10, help="epochs without a gain that end training (%(default)s)")
-    flag("--val-steps", type=common.count, help="steps of the validation PGD, of --step-size (the paper's)")
-    args = parser.parse_args(argv)
-    if args.val == 0:
-        raise common.UsageError("--val 0: validation guides the learning rate and ends training, it cannot be empty")
-    common.refuse_unused(args, "loss", USES)
-    args.steps = args.steps or 1
-    if args.steps > 1 and (args.clip_start, args.fgsm_step) != (None, None):
-        raise common.UsageError("--clip-start and --fgsm-step are for one step")
-    alpha, beta = WEIGHTS[args.dataset][args.loss][args.steps > 1]
-    ramp = 0 if args.loss == "jac" else PAPER[args.dataset]["ramp"]
-    return common.resolve(args, dict(PAPER[args.dataset], ramp=ramp, alpha=alpha, beta=beta, projections=1))
+# ------------------------------------------------------------------------------------ the method
+# x: images (N, C, H, W), y: labels (N,). Losses return named scalars, the same names at every
+# step; "loss" is the one to minimise. mode: of BatchNorm and dropout while an attack runs.
+
+def one_step_attack(model, x, target, eps, fgsm_step=1.25, clip_start=True,
+                    loss=common.cross_entropy, mode="eval"):
+    """x' of one-step ATLAS and ADV (appendix B): FGSM from a random start, in the eps-ball.
+
+    fgsm_step: length of the step in units of eps. target: what `loss` compares logits with.
+    """
+    if eps == 0:
+        return x
+    start = x + eps * torch.empty_like(x).uniform_(-1, 1)
+    if clip_start:
+        start = start.clamp(0, 1)
+    with common.model_mode(model, mode):
+        grad, _ = common.input_gradient(model, start, target, loss)
+    x_adv = start + fgsm_step * eps * grad.sign()
+    return x_adv.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))
 
 
-def jacobian_norm(logits, x, projections=1, differentiable=True):
-    """Unbiased estimate of ||d logits / dx||_F^2 per sample, (N,), differentiable in the weights (appendix A.1).
+def attack(model, x, y, eps, steps, step_size, fgsm_step=1.25, clip_start=True, mode="eval"):
+    """x' by one step, or by PGD with steps of at most eps."""
+    if eps == 0:
+        return x
+    if steps == 1:
+        return one_step_attack(model, x, y, eps, fgsm_step, clip_start, mode=mode)
+    return common.pgd(model, x, y, eps, min(step_size, eps), steps, mode=mode)
 
-    logits: (N, C), computed from x, (N, ...), which requires a gradient. C ||v^T d logits / dx||^2, v uniform on the
-    unit sphere of R^C for each sample, averaged over the projections.
+
+def kl_attack(model, x, eps, steps, step_size, fgsm_step=1.25, clip_start=True, mode="eval"):
+    """x' that maximises KL(p(x) || p(x')), as TRADES has it."""
+    if eps == 0:
+        return x
+    with common.model_mode(model, mode):  # not under no_grad: autocast would keep such weights
+        reference = model(x).detach()
+    if steps == 1:
+        return one_step_attack(model, x, reference, eps, fgsm_step, clip_start, common.kl, mode)
+    return common.pgd(model, x, reference, eps, min(step_size, eps), steps,
+                      start=common.gaussian_start, loss=common.kl, mode=mode)
+
+
+def squared_jacobian_norm(logits, x, projections=1, differentiable=True):
+    """Unbiased estimate of ||d logits / dx||_F^2 per image, (N,) (appendix A.1).
+
+    logits: (N, C), computed from x, (N, ...), which requires a gradient. differentiable: whether
+    the estimate has a gradient with respect to the weights. It is C ||v^T d logits / dx||^2, with v
+    uniform on the unit sphere of R^C for each image, averaged over the projections.
     """
     total = 0
     for _ in range(projections):
         v = torch.nn.functional.normalize(torch.randn_like(logits), dim=1)
-        projected, = torch.autograd.grad((v * logits).sum(), x, create_graph=differentiable, retain_graph=True)
+        projected, = torch.autograd.grad((v * logits).sum(), x, create_graph=differentiable,
+                                         retain_graph=True)
         total = total + projected.flatten(1).square().sum(1)
     return logits.shape[1] * total / projections
 
 
-def adversary(model, x, y, eps, args, mode=None):
-    """x' in the eps-ball: x for JAC; else one FGSM step (of 1.25 eps), or PGD, from a random start (appendix B). mode:
-    of BatchNorm, --attack-mode by default."""
-    if args.loss == "jac" or eps == 0:
-        return x
-    target, loss, mode = y, common.cross_entropy, mode or args.attack_mode
-    start = functools.partial(common.uniform_start, clip=args.clip_start or args.steps > 1)
-    if args.loss in ("trades", "tradesjac"):
-        with common.model_mode(model, mode):  # not under no_grad: autocast would keep such weights
-            target, loss = model(x).detach(), common.kl
-        start = common.gaussian_start if args.steps > 1 else start
-    step = args.fgsm_step * eps if args.steps == 1 else min(args.step_size, eps)
-    return common.pgd(model, x, target, eps, step, args.steps, start, loss=loss, mode=mode)
+def atlas_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1):
+    """Eq. 12. x_adv: x' of `attack`. A term of weight 0 is not computed.
 
-
-def atlas_loss(model, x, y, growth, args):
-    """The training loss on x (N, C, H, W), y (N,), as named scalars; "loss" is the one to minimise.
-
-    growth: eps_t / eps in [0, 1], which scales eps, alpha and beta (appendix A.3). A term of weight 0 is not computed.
+    eps_ratio: the current eps / eps, in [0, 1]; alpha and beta grow with it (appendix A.3).
     """
-    alpha, beta = growth * args.alpha, growth * args.beta
-    x_adv = adversary(model, x, y, growth * args.eps, args)
-
-    # Eq. 12:  CE(x') + alpha ||J(x')||^2 + beta KL(p(x') || p(x))
-    # TRADES, JAC, TradesJac (appendix D.1):  CE(x) + alpha ||J(x)||^2 + beta KL(p(x) || p(x'))
-    center, other = (x_adv, x) if args.loss in ("atlas", "adv") else (x, x_adv)
-    center = center.requires_grad_(True) if args.alpha else center
-    logits = model(center)
-    terms = dict(ce=common.cross_entropy(logits, y).mean())
-    loss = terms["ce"]
-    if args.alpha:
-        terms["jacobian"] = jacobian_norm(logits, center, args.projections).mean()
-        loss = loss + alpha * terms["jacobian"]
-    if args.beta:
-        terms["kl"] = common.kl(model(other), reference=logits).mean()
-        loss = loss + beta * terms["kl"]
-    return dict(loss=loss, **terms)
+    # CE(x') + alpha ||J(x')||^2 + beta KL(p(x') || p(x))
+    x_adv = x_adv.detach().requires_grad_(alpha > 0)  # for the Jacobian
+    logits_adv = model(x_adv)
+    ce = common.cross_entropy(logits_adv, y).mean()
+    terms = dict(loss=ce, ce=ce)
+    if alpha:
+        terms["jacobian"] = squared_jacobian_norm(logits_adv, x_adv, projections).mean()
+        terms["loss"] = terms["loss"] + eps_ratio * alpha * terms["jacobian"]
+    if beta:
+        terms["kl"] = common.kl(model(x), reference=logits_adv).mean()
+        terms["loss"] = terms["loss"] + eps_ratio * beta * terms["kl"]
+    return terms
 
 
-def passes(args):
-    """Forward-backward passes of a batch per step; a forward pass alone, TRADES's of the target, is a third; the
-    Jacobian's backward and its differentiation are one each."""
-    attack = 0 if args.loss == "jac" else args.steps + (args.loss in ("trades", "tradesjac")) / 3
-    return attack + 1 + 2 * args.projections * bool(args.alpha) + bool(args.beta)
+# ---------------------------------------------------------------------- its rivals (appendix D.1)
+
+def adv_loss(model, x_adv, y):
+    """ADV: CE(x')."""
+    return dict(loss=common.cross_entropy(model(x_adv), y).mean())
 
 
-def guide(history, lr, ramp, plateau, patience):
-    """(learning rate of the next epoch, whether training ends), a pure function of the epochs so far (appendix B).
+def trades_loss(model, x, x_adv, y, beta, eps_ratio=1.0):
+    """TRADES: CE(x) + beta KL(p(x) || p(x')). x_adv: x' of `kl_attack`."""
+    logits = model(x)
+    ce = common.cross_entropy(logits, y).mean()
+    kl = common.kl(model(x_adv), reference=logits).mean()
+    return dict(loss=ce + eps_ratio * beta * kl, ce=ce, kl=kl)
 
-    Every `plateau` epochs in a row without a gain in validation robust accuracy divide lr by 5; `patience` end the run.
+
+def jac_loss(model, x, y, alpha, projections=1):
+    """Zero-step JAC: CE(x) + alpha ||J(x)||^2."""
+    x = x.detach().requires_grad_(True)
+    logits = model(x)
+    ce = common.cross_entropy(logits, y).mean()
+    jacobian = squared_jacobian_norm(logits, x, projections).mean()
+    return dict(loss=ce + alpha * jacobian, ce=ce, jacobian=jacobian)
+
+
+def tradesjac_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1):
+    """TradesJac: CE(x) + alpha ||J(x)||^2 + beta KL(p(x) || p(x')). x_adv: x' of `kl_attack`."""
+    x = x.detach().requires_grad_(True)
+    logits = model(x)
+    ce = common.cross_entropy(logits, y).mean()
+    jacobian = squared_jacobian_norm(logits, x, projections).mean()
+    kl = common.kl(model(x_adv), reference=logits).mean()
+    loss = ce + eps_ratio * alpha * jacobian + eps_ratio * beta * kl
+    return dict(loss=loss, ce=ce, jacobian=jacobian, kl=kl)
+
+
+# ----------------------------------------------------------- validation, which guides the training
+
+def validate(model, val, eps, step_size, val_steps, fgsm_step, clip_start):
+    """Accuracy on clean images, under PGD and under the one-step attack, all at the full eps.
+
+    jacobian/x_adv: the estimate of ||J||^2 at the images of the one-step attack (fig. 11).
     """
-    best, waited, since = -1.0, 0, 0
+    def by_pgd(x, y):
+        return common.pgd(model, x, y, eps, step_size, val_steps)
+    row = {"val/clean": common.accuracy(model, val),
+           "val/robust": common.accuracy(model, val, attack=by_pgd)}
+    right = []
+    norms = []
+    with common.model_mode(model, "eval"):
+        for x, y, _ in common.eval_batches(val, 100):
+            x_adv = one_step_attack(model, x, y, eps, fgsm_step, clip_start).requires_grad_(True)
+            logits = model(x_adv)
+            right.append(logits.argmax(1) == y)
+            norms.append(squared_jacobian_norm(logits, x_adv, differentiable=False))
+    row["val/one-step"] = torch.cat(right).float().mean().item()
+    row["jacobian/x_adv"] = torch.cat(norms).mean().item()
+    return row
+
+
+def streaks_without_gain(history, ramp):
+    """Lengths of the runs of epochs without a gain in val/robust, oldest first.
+
+    The last one is the present one, 0 if the last epoch gained. Epochs of the ramp count as gains:
+    eps has not reached its value.
+    """
+    best = -1.0
+    streaks = [0]
     for row in history:
         gain = row["val/robust"] > best
         best = max(best, row["val/robust"])
-        waited, since = (0, 0) if gain or row["epoch"] <= ramp else (waited + 1, since + 1)
-        if since == plateau:
-            lr, since = lr / 5, 0
-    return lr, waited >= patience
+        if gain or row["epoch"] <= ramp:
+            streaks.append(0)
+        else:
+            streaks[-1] += 1
+    return streaks
 
 
-def validate(model, val, args, device, precision):
-    """Accuracy on clean images, under PGD and under the attack of training, both at the full eps, and the Jacobian's
-    estimate at the latter's images (fig. 11)."""
-    def attack(x, y):
-        return common.pgd(model, x, y, args.eps, args.step_size, args.val_steps)
-    weak, norms = [], []
-    with common.autocast(device, precision), common.model_mode(model, "eval"):
-        clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
-        for x, y, _ in common.eval_batches(val, 100):
-            x_adv = adversary(model, x, y, args.eps, args, mode="eval").requires_grad_(True)
-            logits = model(x_adv)
-            weak.append(logits.argmax(1) == y)
-            norms.append(jacobian_norm(logits, x_adv, differentiable=False))
-    return {"val/clean": clean, "val/robust": robust, "val/weak": torch.cat(weak).float().mean().item(),
-            "val/jacobian_adv": torch.cat(norms).mean().item()}
+def learning_rate(args, history, epoch, step_share):
+    """The rate at an epoch, from 0, of whose steps the share `step_share` is done.
+
+    The paper's is guided: each --plateau epochs in a row without a gain divide it by 5.
+    """
+    if args.schedule == "onecycle":
+        return args.lr * common.one_cycle((epoch + step_share) / args.epochs)
+    cuts = sum(streak // args.plateau for streak in streaks_without_gain(history, args.ramp))
+    return args.lr / 5 ** cuts
 
 
 def overfits(history):
-    """Catastrophic overfitting (appendix E), by a rule of ours: since the best epoch robust accuracy has fallen by 10
-    points, and the Jacobian's estimate at the adversary has doubled. That epoch's row, or None."""
-    best, now = max(history, key=lambda row: row["val/robust"]), history[-1]
-    fallen = now["val/robust"] < best["val/robust"] - 0.1
-    return best if fallen and now["val/jacobian_adv"] > 2 * best["val/jacobian_adv"] else None
+    """The best epoch's row where the last one shows catastrophic overfitting, else None.
+
+    A rule of ours (after appendix E): since the best epoch robust accuracy has fallen by 10 points
+    and the Jacobian's estimate at the one-step images has doubled.
+    """
+    best = max(history, key=lambda row: row["val/robust"])
+    now = history[-1]
+    has_fallen = now["val/robust"] < best["val/robust"] - 0.1
+    if has_fallen and now["jacobian/x_adv"] > 2 * best["jacobian/x_adv"]:
+        return best
+    return None
 
 
 def announce_overfitting(history):
     """Say so where an epoch overfits and the one before did not."""
     best = overfits(history)
-    if best and not overfits(history[:-1]):
-        robust, jacobian = ([row[name] for row in (best, history[-1])] for name in ("val/robust", "val/jacobian_adv"))
-        print("catastrophic overfitting: robust accuracy has fallen from {:.3f} to {:.3f}, ||J(x')||^2 risen from "
-              "{:.3g} to {:.3g}".format(*robust, *jacobian), flush=True)
+    if best is None or (len(history) > 1 and overfits(history[:-1])):
+        return
+    now = history[-1]
+    print(f"catastrophic overfitting: robust accuracy has fallen from {best['val/robust']:.3f} to "
+          f"{now['val/robust']:.3f}, ||J(x')||^2 risen from {best['jacobian/x_adv']:.3g} to "
+          f"{now['jacobian/x_adv']:.3g}", flush=True)
+
+
+# -------------------------------------------------------------------------------- flags and loop
+
+def settings(flags, facts):
+    """The defaults for the data set, the method, eps and the steps of the command line."""
+    table = common.table_settings(PAPER, flags, facts, with_eps=("step_size",))
+    if flags.steps > 1:
+        table["alpha"] = table["alpha_several_steps"]
+        table["beta"] = table["beta_several_steps"]
+    del table["alpha_several_steps"], table["beta_several_steps"]
+    return table
+
+
+def parse(losses, argv=None):
+    """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
+    parser = common.Parser(__doc__)
+    common.shared_flags(parser, dataset="cifar10")
+    flag = parser.add_argument_group("method").add_argument
+    flag("--method", "--loss", choices=losses, default="atlas", help="atlas (with --beta 0 "
+         "ATLAS-l, with --alpha 0 ATLAS-g), adv, trades, jac: zero-step JAC, tradesjac "
+         "(%(default)s)")
+    flag("--steps", type=common.count, default=1, help="steps of the training attack; 1: FGSM from "
+         "a random start; more: PGD, the paper's with 10 on CIFAR and 20 on MNIST (%(default)s)")
+    flag("--fgsm-step", type=common.number(0, above=True), help="length of the one step in units "
+         "of eps (%(default)s; fig. 4: 1.5, 1.8)")
+    flag("--clip-start", action=argparse.BooleanOptionalAction, help="clip the one step's random "
+         "start to [0, 1] before its gradient is taken (%(default)s)")
+    flag("--step-size", type=common.unit, help="PGD's step, of several steps and of validation, in "
+         "[0, 1] units (%(default)s)")
+    flag("--alpha", type=common.number(0), help="weight of the Jacobian term (%(default)s)")
+    flag("--beta", type=common.number(0), help="weight of the KL term (%(default)s)")
+    flag("--projections", type=common.count, default=1, help="random projections of the Jacobian "
+         "(%(default)s)")
+    flag("--ramp", type=common.natural, help="epochs over which eps grows from 0 (%(default)s)")
+    flag("--plateau", type=common.count, default=2, help="--schedule paper: epochs without a gain "
+         "that divide lr by 5 (%(default)s)")
+    flag("--patience", type=common.count, default=10, help="--schedule paper: epochs without a "
+         "gain that end training (%(default)s)")
+    flag("--val-steps", type=common.count, help="steps of the validation PGD (%(default)s)")
+    args, facts, defaults = common.parse_flags(parser, argv, settings, losses,
+                                               always=("eps", "step_size"))
+    given = common.given_flags(parser, argv).keys()
+    if args.val == 0 and args.schedule == "paper":
+        raise common.UsageError("--val 0: validation guides the learning rate and ends training, "
+                                "it cannot be empty")
+    if args.steps > 1 and given & {"fgsm_step", "clip_start"}:
+        raise common.UsageError("--fgsm-step and --clip-start are for --steps 1")
+    if args.method == "jac" and "ramp" in given:
+        raise common.UsageError("--method jac has no eps that could grow: no --ramp")
+    if args.schedule == "onecycle" and given & {"plateau", "patience"}:
+        raise common.UsageError("--plateau and --patience are for --schedule paper")
+    return args, facts, defaults
 
 
 def main():
-    args = parse()
+    # One line per method. A flag that only other methods' lines read is refused. The lines run
+    # later: args, model and the like are set below.
+    # ratio: the current eps / eps, in [0, 1].
+    losses = {
+        "atlas": lambda x, y, ratio: atlas_loss(
+            model, x, attack(model, x, y, ratio * args.eps, args.steps, args.step_size,
+                             args.fgsm_step, args.clip_start, args.attack_mode),
+            y, args.alpha, args.beta, ratio, args.projections),
+        "adv": lambda x, y, ratio: adv_loss(
+            model, attack(model, x, y, ratio * args.eps, args.steps, args.step_size,
+                          args.fgsm_step, args.clip_start, args.attack_mode), y),
+        "trades": lambda x, y, ratio: trades_loss(
+            model, x, kl_attack(model, x, ratio * args.eps, args.steps, args.step_size,
+                                args.fgsm_step, args.clip_start, args.attack_mode),
+            y, args.beta, ratio),
+        "jac": lambda x, y, ratio: jac_loss(model, x, y, args.alpha, args.projections),
+        "tradesjac": lambda x, y, ratio: tradesjac_loss(
+            model, x, kl_attack(model, x, ratio * args.eps, args.steps, args.step_size,
+                                args.fgsm_step, args.clip_start, args.attack_mode),
+            y, args.alpha, args.beta, ratio, args.projections),
+    }
+    args, facts, defaults = parse(losses)
     device, precision = common.set_up(args.device, args.precision)
-    run = common.Run("atlas", dict(vars(args), precision=precision), device)
-    train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
+    train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
 
     common.seed_stream(args.seed, "init")
-    model = common.build_model(args.model, args.dataset, args.normalize, device)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+    model = common.build_model(args.model, facts, args.normalize, device)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay, fused=True)
+    guided = args.schedule == "paper"
+    run = common.Run(__file__, args, defaults, facts, precision, epochs_may_grow=guided)
+    first = run.start(model, optimizer)
 
-    batches = -(-len(train.labels) // args.batch_size)
-    for epoch in range(run.restore(model, optimizer), args.epochs):
-        lr, finished = guide(run.history, args.lr, args.ramp, args.plateau, args.patience)
-        if finished:
+    steps = common.steps_per_epoch(len(train.labels), args.batch_size)
+    for epoch in range(first, args.epochs):
+        if guided and streaks_without_gain(run.history, args.ramp)[-1] >= args.patience:
             print(f"no gain for {args.patience} epochs: training ends")
             break
-        started, meter = time.perf_counter(), common.Meter(epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        started = time.perf_counter()
+        meter = common.Meter(epoch)
         model.train()
-        augment = common.DATASETS[args.dataset]["augment"]
-        for step, (x, y, _) in enumerate(common.train_batches(train, args.batch_size, args.seed, epoch, augment)):
-            growth = min(1.0, (epoch * batches + step) / (args.ramp * batches)) if args.ramp else 1.0
-            with common.autocast(device, precision):
-                terms = atlas_loss(model, x, y, growth, args)
-            optimizer.zero_grad()
-            terms["loss"].backward()
-            optimizer.step()
+        batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment)
+        for step, (x, y, _) in enumerate(batches):
+            lr = learning_rate(args, run.history, epoch, (step + 0.5) / steps)
+            common.set_lr(optimizer, lr)
+            ratio = 1.0
+            if args.ramp:
+                ratio = min(1.0, (epoch * steps + step) / (args.ramp * steps))
+            with common.autocast(device, run.precision):
+                terms = losses[args.method](x, y, ratio)
+            common.update(optimizer, terms["loss"], len(x))
             meter.add(len(x), terms)
 
-        row = {"epoch": epoch + 1, "lr": lr, "eps": growth * args.eps}
+        row = {"epoch": epoch + 1, "lr": lr, "eps": ratio * args.eps}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
-        row |= {"cost/ms_per_batch": 1000 * row["seconds"] / batches, "cost/passes": passes(args)}
-        common.seed_stream(args.seed, "validation", epoch)
-        row |= validate(model, val, args, device, precision)
-        run.finish_epoch(model, optimizer, row, metric=row["val/robust"])
-        announce_overfitting(run.history)
+        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
+        if args.val:
+            common.seed_stream(args.seed, "validation", epoch)
+            with common.autocast(device, run.precision):
+                row |= validate(model, val, args.eps, args.step_size, args.val_steps,
+                                args.fgsm_step, args.clip_start)
+        run.finish_epoch(model, optimizer, row, metric=row.get("val/robust"))
+        if args.val:
+            announce_overfitting(run.history)
     run.close()
 
 

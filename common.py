@@ -1,21 +1,29 @@
-"""CleanAT's shared module: what must not drift between methods. Flags, set-up, data, backbones, attacks, checkpoints.
+"""CleanAT's shared module: what must not drift between methods.
 
-Conventions: images are float32 in [0, 1], (N, C, H, W); labels int64, (N,); a model maps images to float32 logits,
-(N, classes); eps and step sizes are in [0, 1] units, a number or a tensor of one value per sample. Losses passed to
-attacks are per sample: loss(logits, target) -> (N,). Randomness is a pure function of (seed, stream, epoch, step).
+Flags, set-up, data, backbones, attacks, checkpoints. Conventions:
+- Images are float32 in [0, 1], (N, C, H, W). Labels are int64, (N,).
+- A model maps images to float32 logits, (N, classes).
+- eps and step sizes are in [0, 1] units: a number, or a tensor with one value per image.
+- A loss that is given to an attack is per image: loss(logits, target) -> (N,).
+- Randomness is a pure function of (seed, stream, epoch, step).
 """
 
 import argparse
 import contextlib
+import difflib
+import errno
 import importlib.util
+import inspect
 import json
 import math
 import os
 import re
+import secrets
 import shlex
 import subprocess
 import sys
 import time
+import weakref
 from fractions import Fraction
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -30,74 +38,135 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # not on Windows: runs work, two of them on one path are not kept apart
+except ImportError:  # Windows: runs work, but two runs on one path are not kept apart
     fcntl = None
 
-# The threat model the field uses on each data set: eps (L-infinity) and PGD's step, with the pixel statistics.
-DATASETS = {
-    "digits": dict(classes=10, shape=(1, 28, 28), eps=0.1, step=0.02, augment="", mean=(0.307,), std=(0.314,)),
-    "mnist": dict(classes=10, shape=(1, 28, 28), eps=0.3, step=0.01, augment="", mean=(0.1307,), std=(0.3081,)),
-    "cifar10": dict(classes=10, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment="constant",
-                    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(classes=100, shape=(3, 32, 32), eps=8 / 255, step=2 / 255, augment="constant",
-                     mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-    "imagenet": dict(classes=1000, shape=(3, 224, 224), eps=16 / 255, step=1 / 255, augment="",  # files crop themselves
-                     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-}
-DATASETS["imagenet100"] = dict(DATASETS["imagenet"], classes=100, eps=8 / 255, step=2 / 255)  # 100 classes of it
+# The data sets that are known by name. eps: the usual L-infinity radius. step: PGD's usual step.
+# images: how many training images there are. mean, std: of the pixels, one value per channel.
+DIGITS = dict(classes=10, shape=(1, 28, 28), images=1437, eps=0.1, step=0.02,
+              mean=(0.307,), std=(0.314,))
+MNIST = dict(classes=10, shape=(1, 28, 28), images=60_000, eps=0.3, step=0.01,
+             mean=(0.1307,), std=(0.3081,))
+CIFAR10 = dict(classes=10, shape=(3, 32, 32), images=50_000, eps=8 / 255, step=2 / 255,
+               mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+CIFAR100 = dict(classes=100, shape=(3, 32, 32), images=50_000, eps=8 / 255, step=2 / 255,
+                mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+IMAGENET = dict(classes=1000, shape=(3, 224, 224), images=1_281_167, eps=16 / 255, step=1 / 255,
+                mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGENET100 = dict(IMAGENET, classes=100, images=128_000, eps=8 / 255, step=2 / 255)
+DATASETS = {"digits": DIGITS, "mnist": MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100,
+            "imagenet": IMAGENET, "imagenet100": IMAGENET100}
+
+IMAGE_FILES = ("imagenet", "imagenet100")  # read from files; the others are held in memory
+NORMALIZATIONS = ("none", "dataset", "image")
+SCHEDULES = ("paper", "onecycle")
+AUGMENTATIONS = ("none", "crop", "crop-flip", "reflect-flip")
 
 
-# ------------------------------------------------------------------------------------------------ errors and flags
+# ---------------------------------------------------------------------------------------- errors
 
 class UsageError(Exception):
-    """Something the user can put right: `cli` prints it in one line and exits with status 2, without a traceback."""
+    """Something the user can put right. `cli` prints it in one line, without a traceback."""
+
+
+begun_runs = []  # paths of this process's runs; the first one is that of --ckpt
+saved_files = []  # what this process has saved so far, for the message after Ctrl-C
 
 
 def cli(main):
-    """Run a script's main() the way a user expects: their mistakes in one line, Ctrl-C without a traceback."""
+    """Run a script's main(). A user's mistake ends in one line with status 2, Ctrl-C with 130."""
     try:
         main()
-        if ranks()[1] > 1:  # of a process that fails torchrun ends the others; it could wait for them here for ever
+        if ranks()[1] > 1:  # on an error torchrun kills the other ranks; waiting here would hang
             torch.distributed.destroy_process_group()
     except UsageError as error:
-        if ranks()[0] == 0 or torch.distributed.is_initialized():  # in the flags it is every process's
+        # Before the processes are joined, all of them see the same mistake: only rank 0 prints.
+        if ranks()[0] == 0 or torch.distributed.is_initialized():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: what was saved is kept", file=sys.stderr)
+        message = "interrupted"
+        if saved_files:
+            message += (f": {saved_files[-1]} is kept, the same command with "
+                        f"--ckpt {begun_runs[0]} --resume goes on")
+        print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory, a smaller --batch-size may fit ({str(error).splitlines()[0]})", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"error: out of memory, try a smaller --batch-size ({reason})", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
+def did_you_mean(word, known):
+    """", did you mean NAME?" for the nearest known name, or "" where none is near."""
+    near = [name for name in known if word.startswith(name) or name.startswith(word)]
+    near += difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+# ----------------------------------------------------------------------------------------- flags
+
 class Parser(argparse.ArgumentParser):
-    """argparse with `error: ...` in one line instead of the usage of forty flags."""
+    """argparse whose errors are one line, with the nearest name. --batch_size is --batch-size."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False,
+                         usage="python %(prog)s [--flag value ...]",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_dashes(str(word)) for word in words], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = ["--" + name.replace("_", "-") for name in vars(parsed)]
+            word = unknown[0].partition("=")[0]
+            self.error(f"{word} is no flag{did_you_mean(word, flags)}")
+        return parsed
 
     def error(self, message):
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            message += did_you_mean(choice[1], re.findall(r"[\w+.-]+", choice[2]))
         raise UsageError(f"{message} (--help lists the flags)")
 
 
+def with_dashes(word):
+    """A word of the command line. In the name of a flag underscores become dashes."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
 def number(low, high=math.inf, kind=float, above=False):
-    """An argparse type: a number (quotients such as 2.5/255 too) in [low, high], or in (low, high] if `above`."""
+    """An argparse type: a number in [low, high], or in (low, high] if `above`. 2.5/255 is one."""
     def parse(text):
         try:
-            top, bottom = text.split("/") if kind is float and "/" in text else (text, 1)
-            value = kind(top) if kind is int else float(Fraction(top) / Fraction(bottom))
+            value = int(text) if kind is int else quotient(text)
         except (ValueError, ZeroDivisionError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
         if not low <= value <= high or (above and value == low):
-            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            bounds = f"above {low}" if above else f"at least {low}"
+            if high < math.inf:
+                bounds += f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
     return parse
+
+
+def quotient(text):
+    """The number that a text such as 8/255, 0.031 or 1e-3 stands for."""
+    if "/" not in text:
+        return float(Fraction(text))
+    top, bottom = text.split("/")
+    return float(Fraction(top) / Fraction(bottom))
 
 
 unit = number(0, 1, above=True)  # eps and step sizes: in [0, 1] units, 0 < eps <= 1
@@ -105,70 +174,203 @@ count = number(1, kind=int)
 natural = number(0, kind=int)
 
 
-def shared_flags(parser, datasets):
-    """The flags every training script has. A default of None: the paper's value for the data set (see `resolve`)."""
-    flag = parser.add_argument
-    flag("--dataset", choices=list(datasets), default=next(iter(datasets)), help="data set (%(default)s)")
+def several(low, high=math.inf, least=1):
+    """An argparse type: `least` or more whole numbers in [low, high], as in 0,1,6; a list."""
+    one = number(low, high, kind=int)
+
+    def parse(text):
+        numbers = [one(word) for word in text.split(",")]
+        if len(numbers) < least or len(set(numbers)) < len(numbers):
+            raise argparse.ArgumentTypeError(f"{text!r} must name {least} or more, each once")
+        return numbers
+    return parse
+
+
+def shown(value):
+    """A value as messages and help show it: 8/255 rather than 0.031372549."""
+    if isinstance(value, list):
+        return ",".join(str(shown(item)) for item in value)
+    if not isinstance(value, float):
+        return value
+    if float(f"{value:.4g}") == value:
+        return f"{value:.4g}"
+    of_255 = round(255 * value, 2)
+    if abs(of_255 / 255 - value) < 1e-9:
+        return f"{of_255:g}/255"
+    return f"{value:.4g}"
+
+
+def shared_flags(parser, dataset):
+    """The flags that every training script has, in groups. dataset: the default one.
+
+    A flag without a default here takes the paper's value for the data set: see `parse_flags`.
+    """
+    data_flags(parser.add_argument_group("data and network").add_argument, dataset)
+    training_flags(parser.add_argument_group("training").add_argument)
+    run_flags(parser.add_argument_group("run").add_argument)
+
+
+def data_flags(flag, dataset):
+    """The shared flags on data and network. flag: the add_argument of a group."""
+    flag("--dataset", default=dataset, help=f"{', '.join(DATASETS)}, or NAME for your own "
+         "{data-dir}/NAME.npz (%(default)s)")
     flag("--data-dir", default="data", help="folder that holds NAME.npz, or ImageNet's images as "
          "imagenet/train/CLASS/NAME.JPEG and imagenet/val (%(default)s)")
-    flag("--model", help=f"backbone: {BACKBONES} (the paper's for the data set)")
-    flag("--normalize", choices=["none", "dataset", "image"], help="a normalising layer inside the model: by the "
-         "data set's mean and deviation, or image by image (the paper's)")
-    flag("--epochs", type=count, help="training epochs (the paper's)")
-    flag("--batch-size", type=count, help="images per step (the paper's)")
-    flag("--lr", type=number(0, above=True), help="initial learning rate of SGD (the paper's)")
-    flag("--weight-decay", type=number(0), help="weight decay of SGD (the paper's)")
-    flag("--momentum", type=number(0, 1), help="momentum of SGD (the paper's)")
-    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, 8/255 or 0.031; of DRA the mean "
-         "change per value (the paper's)")
-    flag("--val", type=natural, help="training images kept for validation; 0: none (the paper's)")
-    flag("--seed", type=natural, default=0, help="seed of everything random (%(default)s)")
+    flag("--classes", type=several(0, least=2), help="train on these classes only, as in 0,1,6 "
+         "(all)")
+    flag("--limit", type=count, help="train and validate on a fixed random subset of N images "
+         "(all)")
+    flag("--val", type=natural, help="training images kept for validation; 0: none. By default "
+         "the paper's number, and at most a tenth of the images (%(default)s)")
+    flag("--augment", choices=AUGMENTATIONS, help="of training images: crop after padding by 4, "
+         "flip left to right; reflect pads with the image's own border (%(default)s)")
+    flag("--model", help=f"backbone: {BACKBONES} (%(default)s)")
+    flag("--normalize", choices=NORMALIZATIONS, help="a layer inside the model: by the data set's "
+         "mean and deviation, or image by image (%(default)s)")
     flag("--init", metavar="CKPT", help="start from the last weights of this checkpoint")
+
+
+def training_flags(flag):
+    """The shared flags on training. flag: the add_argument of a group."""
+    flag("--epochs", type=count, help="training epochs (%(default)s)")
+    flag("--batch-size", type=count, help="images per step (%(default)s)")
+    flag("--lr", type=number(0, above=True), help="learning rate of SGD, its highest (%(default)s)")
+    flag("--schedule", choices=SCHEDULES, default="paper", help="of the learning rate; onecycle: "
+         "up for 30 %% of the steps, then down to 0, both linear (%(default)s)")
+    flag("--weight-decay", type=number(0), help="weight decay of SGD (%(default)s)")
+    flag("--momentum", type=number(0, 1), help="momentum of SGD (%(default)s)")
+    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, 8/255 or 0.031; of DRA "
+         "the mean change per value (%(default)s)")
+    flag("--attack-mode", choices=["eval", "train"], default="eval", help="mode of BatchNorm and "
+         "dropout while a training attack runs (%(default)s)")
+    flag("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of "
+         "training; auto: bfloat16 where the hardware computes in it (%(default)s)")
+    flag("--seed", type=natural, default=0, help="seed of everything random but the choice of "
+         "--val and --limit (%(default)s)")
+
+
+def run_flags(flag):
+    """The shared flags on files and machines. flag: the add_argument of a group."""
     flag("--ckpt", help="where to write the run (runs/SCRIPT-DATASET-TIME.pt)")
-    flag("--resume", action="store_true", help="go on with the run at --ckpt; start it if there is none")
+    flag("--resume", action="store_true", help="go on with the run at --ckpt; start it if there is "
+         "none")
     flag("--overwrite", action="store_true", help="replace the run at --ckpt")
-    flag("--limit", type=count, help="train and validate on a fixed random subset of N images")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
-    flag("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-         help="of training; auto: bfloat16 autocast where the hardware computes in it (%(default)s)")
-    flag("--attack-mode", choices=["eval", "train"], default="eval",
-         help="mode of BatchNorm and dropout while a training attack runs (%(default)s)")
-    wandb_flag(parser)
+    workers_flag(flag)
+    wandb_flag(flag)
 
 
-def refuse_unused(args, choice, uses):
-    """UsageError where a flag was given that the method does not read. To be called before `resolve`.
+def workers_flag(flag):
+    """Add --workers by `flag`, the add_argument of a parser or of a group."""
+    flag("--workers", type=natural, default=4, help="processes that read image files, for each "
+         "GPU; data sets that are held in memory need none (%(default)s)")
 
-    choice: the flag that names the method; uses: flag -> the methods that read it.
+
+def wandb_flag(flag):
+    """Add --wandb by `flag`, the add_argument of a parser or of a group."""
+    flag("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
+         help="Weights & Biases; auto: online where a key is configured, else offline; the "
+         "environment's WANDB_MODE wins (%(default)s)")
+
+
+def parse_flags(parser, argv, settings, losses, always=("eps",)):
+    """(flags, facts, defaults) of a training script.
+
+    flags: a Namespace. A flag that is not given has its default from `parser`, or else from
+        settings(flags, facts), which sees None where neither has a value.
+    facts: the data set's, see `dataset_facts`.
+    defaults: name -> what the flag is where it is not given.
+    losses: the script's dictionary, method -> lambda, or a list of them. A flag belongs to the
+        methods whose lambda contains args.NAME; a function that the lambda calls is not searched.
+
+    UsageError where a flag is given that belongs only to other methods, unless it is in `always`,
+    or where a flag of this method has no value.
     """
-    for name, methods in uses.items():
-        value, method = getattr(args, name), getattr(args, choice)
-        if value not in (None, []) and value is not False and method not in methods:
-            raise UsageError(f"--{choice} {method} has no use for --{name.replace('_', '-')}: that is for "
-                             f"{', '.join(methods)}")
+    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    asks_help = any(word in ("-h", "--help") for word in words)
+    words = [word for word in words if word not in ("-h", "--help")]
+    defaults = vars(parser.parse_args([]))
+    given = given_flags(parser, words)
 
-
-def workers_flag(parser):
-    parser.add_argument("--workers", type=natural, default=4, help="processes that read image files, for each GPU; "
-                        "data sets that are held in memory need none (%(default)s)")
-
-
-def wandb_flag(parser):
-    parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto", help="Weights & "
-                        "Biases; auto: online where a key is configured, else offline; WANDB_MODE wins (%(default)s)")
-
-
-def resolve(args, paper):
-    """Fill every flag left at None from `paper`, the script's table for this data set; returns args."""
-    for name, value in paper.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.resume and args.overwrite:
+    flags = argparse.Namespace(**{**defaults, **given})
+    facts = dataset_facts(flags.dataset, flags.data_dir, flags.classes)
+    defaults.update(settings(flags, facts))
+    if asks_help:
+        parser.set_defaults(**{name: shown(value) for name, value in defaults.items()})
+        parser.print_help()
+        sys.exit(0)
+    if flags.resume and flags.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it: give one of them")
-    return args
+    if flags.resume and not flags.ckpt:
+        raise UsageError("--resume needs --ckpt, the run to go on with")
+    if flags.ckpt and not flags.ckpt.endswith(".pt"):
+        raise UsageError(f"--ckpt {flags.ckpt}: the name must end in .pt")
+    if flags.ckpt and flags.ckpt.endswith(".resume.pt"):
+        raise UsageError(f"--ckpt {flags.ckpt}: give the run's own name, without .resume")
+    refuse_unread(flags.method, given, losses, always)
+    flags = argparse.Namespace(**{**defaults, **given})
+    for name in sorted(flags_read(losses[flags.method]) & vars(flags).keys()):
+        if getattr(flags, name) is None:
+            raise UsageError(f"--method {flags.method} reads --{name.replace('_', '-')}, which "
+                             f"has no default for it on {flags.dataset}: give the flag, or put "
+                             "a value into PAPER")
+    return flags, facts, defaults
 
 
-# ---------------------------------------------------------------------------------------------------------- set-up
+def given_flags(parser, argv):
+    """name -> value of the flags that the command line itself gives, be it their default."""
+    not_given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    found = vars(parser.parse_args(argv, not_given))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def flags_read(losses):
+    """The names that a line of the dictionary of losses mentions: NAME where it has args.NAME.
+
+    losses: a function, or several in a list.
+    """
+    several = losses if isinstance(losses, list) else [losses]
+    return {name for loss in several for name in loss.__code__.co_names}
+
+
+def refuse_unread(method, given, losses, always):
+    """UsageError where a flag was given that other methods' losses read and this one's does not."""
+    read_by = {name: [other for other, loss in losses.items() if name in flags_read(loss)]
+               for name in given}
+    for name, methods in read_by.items():
+        if methods and method not in methods and name not in always:
+            raise UsageError(f"--method {method} has no use for --{name.replace('_', '-')}: that "
+                             f"is for {', '.join(methods)}")
+
+
+def table_settings(tables, flags, facts, with_eps=()):
+    """The paper's settings for the data set and the method: name -> value.
+
+    tables: data set -> its settings. A value that is a dictionary has one value per method, with
+    "else" for the others. Another data set takes the settings of MNIST where it is grey, and of
+    CIFAR-10 where it is coloured. with_eps: names of values that follow --eps in proportion.
+    val is at most a tenth of the training images.
+    """
+    name = facts["name"]
+    if name in IMAGE_FILES and name not in tables:
+        raise UsageError(f"this script has no settings for {name}: choose {', '.join(tables)}")
+    like = name if name in tables else facts["like"]
+    table = {key: value.get(flags.method, value.get("else")) if isinstance(value, dict) else value
+             for key, value in tables[like].items()}
+    if name not in DATASETS and not flags.eps:
+        raise UsageError(f"--dataset {name} needs --eps, the radius of the adversary")
+    if flags.eps:
+        ratio = flags.eps / table["eps"]
+        for key in with_eps:
+            if table.get(key) is not None:
+                table[key] = min(1.0, ratio * table[key])
+    table["val"] = min(table["val"], facts["images"] // 10)
+    if like != name and ranks()[0] == 0:
+        print(f"{name}: the script takes the settings of {like}")
+    return table
+
+
+# ---------------------------------------------------------------------------------------- set-up
 
 def ranks():
     """(number of this process, how many there are) under torchrun; (0, 1) without."""
@@ -178,31 +380,19 @@ def ranks():
 
 
 def set_up(device="auto", precision="auto", parallel=False):
-    """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means float32: TF32 is off.
+    """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means: TF32 is off.
 
-    parallel: the script can run as several processes under torchrun. They are joined here, each gets the GPU of its
-    number, and the first alone prints.
+    parallel: the script can run as several processes under torchrun. They are joined here, each
+    gets the GPU of its number, and only the first prints.
     """
     rank, size = ranks()
     if size > 1 and not parallel:
-        raise UsageError("this script runs as one process: start it with python, not with torchrun")
-    try:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(best if device == "auto" else device)
-        if size > 1 and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        raise UsageError("this script runs as one process: use python instead of torchrun")
+    device = open_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # AMX or AVX512-BF16: 3 to 4 times faster than float32; elsewhere bfloat16 is emulated and slow
-            fast = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
-        precision = "bfloat16" if fast else "float32"
+        precision = "bfloat16" if computes_in_bfloat16(device) else "float32"
     if size > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank:
@@ -210,22 +400,110 @@ def set_up(device="auto", precision="auto", parallel=False):
     return device, precision
 
 
+def open_device(name):
+    """The torch.device of a name or of "auto"; UsageError where it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            if ranks()[1] > 1:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if device.index is not None:
+                torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def computes_in_bfloat16(device):
+    """Whether bfloat16 is fast on a device; elsewhere it is emulated and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = [getattr(torch.cpu, name, None)
+             for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return any(test() for test in tests if test)
+
+
 def autocast(device, precision):
-    """The context of a training step: bfloat16 autocast, or nothing in float32. Logits and losses stay float32."""
+    """The context of a training step: bfloat16 autocast, or nothing in float32.
+
+    Logits and losses stay in float32.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def seed_stream(seed, stream, epoch=0, step=0):
-    """Seed torch's generators by a pure function of the arguments: a resumed run needs no saved random state."""
+    """Seed torch by a pure function of the arguments: a resumed run needs no random state."""
     key = (int.from_bytes(stream.encode(), "little"), epoch, step)
-    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]))
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def one_cycle(done):
+    """The share of the highest learning rate after the share `done` of all steps, both in [0, 1].
+
+    It rises to 1 over the first 30 % of the steps and falls to 0 over the rest, both linearly.
+    """
+    return done / 0.3 if done < 0.3 else (1 - done) / 0.7
+
+
+def set_lr(optimizer, lr):
+    """Give every group of parameters this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ------------------------------------------------------------------------------------- processes
+
+def summed(values):
+    """A tensor's sum over the processes of torchrun; itself where there is one process."""
+    if ranks()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def update(optimizer, loss, images):
+    """One step of the optimiser: gradients of the loss, their mean over all processes, the step.
+
+    loss: a scalar, a mean over `images` images of this process.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    if ranks()[1] > 1:
+        average_gradients(optimizer, images)
+    optimizer.step()
+
+
+def average_gradients(optimizer, images):
+    """Each gradient becomes the mean over the images of all processes; `images` are this one's."""
+    grads = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]
+             if parameter.grad is not None]
+    flat = torch.cat([images * grad.flatten() for grad in grads] + [grads[0].new_tensor([images])])
+    flat = summed(flat)
+    means = (flat[:-1] / flat[-1]).split([grad.numel() for grad in grads])
+    for grad, mean in zip(grads, means):
+        grad.copy_(mean.view_as(grad))
+
+
+def average_buffers(net):
+    """BatchNorm's running statistics become their mean over the processes."""
+    if ranks()[1] == 1:
+        return
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(summed(buffer.clone()) / ranks()[1])
+
+
+# ------------------------------------------------------------------------------------------ data
 
 class Split(NamedTuple):
-    """Part of a data set, on the device: images uint8 (N, C, H, W), or an ImageFiles; labels (N,); index (N,), each
-    image's position in the whole split."""
+    """Part of a data set, on the device.
+
+    images: uint8 (N, C, H, W), or an ImageFiles. labels: (N,). index: (N,), each image's position
+    in the whole training or test set.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     index: torch.Tensor
@@ -234,13 +512,101 @@ class Split(NamedTuple):
         return Split(self.images[rows], self.labels[rows], self.index[rows])
 
 
+def dataset_facts(name, data_dir="data", chosen=None):
+    """What is known of a data set: a dictionary as in DATASETS, with three more entries.
+
+    name: that of DATASETS, or that of the user's own {data_dir}/{name}.npz, whose arrays
+    train_images (uint8, (N, H, W) or (N, H, W, C)) and train_labels (whole numbers from 0) say
+    the rest. chosen: the classes to keep, numbered anew in this order, or None for all of them.
+    The additional entries: name, chosen, and like, the known data set of the same kind.
+    UsageError where there is no such data set, or no such class.
+    """
+    if name in DATASETS:
+        facts = dict(DATASETS[name])
+    else:
+        facts = own_facts(name, data_dir, chosen)
+    facts["name"] = name
+    facts["chosen"] = chosen
+    facts["like"] = "mnist" if facts["shape"][0] == 1 else "cifar10"
+    if chosen:
+        if max(chosen) >= facts["classes"]:
+            raise UsageError(f"--classes: {name} has classes 0 to {facts['classes'] - 1}, not "
+                             f"{max(chosen)}")
+        if name in DATASETS:  # their classes have about the same number of images
+            facts["images"] = facts["images"] * len(chosen) // facts["classes"]
+        facts["classes"] = len(chosen)
+    return facts
+
+
+def own_facts(name, data_dir, chosen):
+    """The entries of DATASETS for the user's own {data_dir}/{name}.npz.
+
+    images counts those of the chosen classes; the other entries are of the whole data set.
+    """
+    path = Path(data_dir) / f"{name}.npz"
+    if not path.exists():
+        raise UsageError(f"--dataset {name}: {path} is missing; known by name are "
+                         f"{', '.join(DATASETS)}{did_you_mean(name, DATASETS)}")
+    images, labels = read_npz(path, "train")
+    _, height, width, channels = images.shape
+    classes = int(labels.max()) + 1
+    if channels not in (1, 3):
+        raise UsageError(f"{path}: images need 1 or 3 channels, not {channels}")
+    counts = np.bincount(labels, minlength=classes)
+    if classes < 2 or not counts.all():
+        raise UsageError(f"{path}: labels must be 0, 1 and so on, two or more; without a training "
+                         f"image is class {int(counts.argmin())}")
+    mean, std = pixel_statistics(images)
+    usual = MNIST if channels == 1 else CIFAR10
+    in_use = counts if chosen is None else counts[[c for c in chosen if c < classes]]
+    return dict(classes=classes, shape=(channels, height, width), images=int(in_use.sum()),
+                eps=usual["eps"], step=usual["step"], mean=mean, std=std)
+
+
+def pixel_statistics(images):
+    """(means, deviations) of the channels of uint8 images (N, H, W, C), of values in [0, 1]."""
+    values = np.arange(256) / 255
+    means = []
+    deviations = []
+    for channel in range(images.shape[3]):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+        mean = np.average(values, weights=counts)
+        variance = np.average((values - mean) ** 2, weights=counts)
+        means.append(float(mean))
+        deviations.append(max(1e-3, float(variance ** 0.5)))  # images of one colour: not 0
+    return tuple(means), tuple(deviations)
+
+
+def checkpoint_facts(checkpoint):
+    """The facts, as of `dataset_facts`, of the data set that a checkpoint was trained on.
+
+    For the user's own data, images, eps and step are those of the known data set of the same kind.
+    """
+    channels, _, _ = checkpoint["input_shape"]
+    like = "mnist" if channels == 1 else "cifar10"
+    name = checkpoint["dataset"]
+    facts = dict(DATASETS.get(name, DATASETS[like]), name=name, like=like)
+    facts["classes"] = checkpoint["num_classes"]
+    facts["shape"] = tuple(checkpoint["input_shape"])
+    facts["chosen"] = checkpoint["args"].get("classes")
+    for key in ("mean", "std"):
+        facts[key] = checkpoint.get(key, facts[key])
+    return facts
+
+
 class ImageFiles(torch.utils.data.Dataset):
-    """Image files in the place of a Split's tensor, cut to `shape` as processes read them: the middle of the image, or,
-    where `draw` is (seed, epoch), torchvision's random crop and flip, a pure function of draw and position."""
+    """Image files in the place of a Split's tensor; they are cut to `shape` as they are read.
+
+    draw: None for the middle of the image, or (seed, epoch) for torchvision's random crop and
+    flip, a pure function of draw and position.
+    """
 
     def __init__(self, paths, shape, workers, draw=None):
         """paths: array of bytes (N,); shape: (3, H, H); workers: how many processes read."""
-        self.paths, self.workers, self.draw, self.shape = paths, workers, draw, (len(paths), *shape)
+        self.paths = paths
+        self.workers = workers
+        self.draw = draw
+        self.shape = (len(paths), *shape)
 
     def __len__(self):
         return len(self.paths)
@@ -250,151 +616,219 @@ class ImageFiles(torch.utils.data.Dataset):
         if torch.is_tensor(rows):
             return ImageFiles(self.paths[rows.cpu().numpy()], self.shape[1:], self.workers)
         from PIL import Image
-        transforms, size = import_torchvision().transforms, self.shape[-1]
+        transforms = import_torchvision().transforms
+        size = self.shape[-1]
         if self.draw:
-            seed_stream(self.draw[0], "crop", self.draw[1], rows)
+            seed, epoch = self.draw
+            seed_stream(seed, "crop", epoch, rows)
             steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
         else:
             steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+        steps.append(transforms.PILToTensor())
         try:
             with Image.open(os.fsdecode(self.paths[rows])) as image:
-                return transforms.Compose([*steps, transforms.PILToTensor()])(image.convert("RGB"))
+                return transforms.Compose(steps)(image.convert("RGB"))
         except Exception as error:
             raise UsageError(f"{os.fsdecode(self.paths[rows])} cannot be read ({error!r})")
 
 
 def read(split, chunks, draw=None):
-    """The images of a split at each tensor of positions in `chunks`, as models want them: float32 in [0, 1],
-    channels_last, on the split's device. draw: (seed, epoch), where files are to be cropped and flipped at random."""
+    """The images of a split at each tensor of positions in `chunks`, as models want them.
+
+    They are float32 in [0, 1], channels_last, on the split's device. draw: (seed, epoch), where
+    files are to be cropped and flipped at random.
+    """
     if torch.is_tensor(split.images):
-        yield from (to_float(split.images[rows]) for rows in chunks)
+        for rows in chunks:
+            yield to_float(split.images[rows])
         return
     files = ImageFiles(split.images.paths, split.images.shape[1:], split.images.workers, draw)
     device = split.labels.device
-    loader = torch.utils.data.DataLoader(files, batch_sampler=[rows.tolist() for rows in chunks],
-                                         num_workers=files.workers, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        files, batch_sampler=[rows.tolist() for rows in chunks], num_workers=files.workers,
+        pin_memory=device.type == "cuda")
     try:
-        yield from (to_float(images.to(device, non_blocking=True)) for images in loader)
-    except UsageError as error:  # a process that reads sends its traceback, too
+        for images in loader:
+            yield to_float(images.to(device, non_blocking=True))
+    except UsageError as error:  # a process that reads sends its traceback along: keep its end
         raise UsageError(str(error).splitlines()[-1].split("UsageError: ")[-1])
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UsageError(f"a process that reads images ended ({error}): give the machine or the container more shared "
-                         "memory, or use --workers 0")
+        raise UsageError(f"a process that reads images ended ({error}): give the machine or the "
+                         "container more shared memory, or use --workers 0")
 
 
 def subset(n, size, seed=0):
-    """A fixed random `size` of range(n), sorted; all of it where size is None. Independent of --seed."""
+    """A fixed random `size` of range(n), sorted; all of it where size is None.
+
+    It does not depend on --seed.
+    """
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:size]
     return rows.sort().values
 
 
-def load_train(name, data_dir, val, limit, device, workers=0):
-    """The training split without and the `val` images kept for validation (a fixed choice); (Split, Split)."""
-    whole = load_split(name, data_dir, "train", device, workers)
+def load_train(facts, data_dir, val, limit, device, workers=0):
+    """(Split for training, Split for validation): a fixed choice of `val` training images.
+
+    facts: of `dataset_facts`. limit: at most so many images in each, or None.
+    """
+    whole = load_split(facts, data_dir, "train", device, workers)
     n = len(whole.labels)
     if val >= n:
-        raise UsageError(f"--val {val} leaves nothing of the {n} training images of {name}")
+        raise UsageError(f"--val {val} leaves nothing of the {n} training images of "
+                         f"{facts['name']}")
     held_out = torch.zeros(n, dtype=torch.bool)
     held_out[subset(n, val)] = True
-    train, held_out = whole.take((~held_out).nonzero()[:, 0]), whole.take(held_out.nonzero()[:, 0])
-    return train.take(subset(n - val, limit)), held_out.take(subset(val, limit))
+    training = whole.take((~held_out).nonzero()[:, 0])
+    validation = whole.take(held_out.nonzero()[:, 0])
+    return training.take(subset(n - val, limit)), validation.take(subset(val, limit))
 
 
-def load_split(name, data_dir, split, device, workers=0):
-    """The whole "train" or "test" Split of a data set, from {data_dir}/{name}.npz; UsageError where that fails.
+def load_split(facts, data_dir, split, device, workers=0):
+    """The whole "train" or "test" Split of a data set; UsageError where that fails.
 
-    ImageNet is a folder of files, which `workers` processes read: {data_dir}/imagenet/train/CLASS/*.JPEG, and val;
-    imagenet100 is a fixed random choice of its classes.
+    Images come from {data_dir}/NAME.npz, or for ImageNet from files, which `workers` processes
+    read: {data_dir}/imagenet/train/CLASS/*.JPEG and imagenet/val.
     """
-    if name.startswith("imagenet"):
+    name = facts["name"]
+    if name in IMAGE_FILES:
         folder = Path(data_dir) / "imagenet" / ("train" if split == "train" else "val")
-        images, labels = image_folder(folder, name, workers)
-        return Split(images, labels.to(device), torch.arange(len(labels), device=device))
+        images, labels = image_folder(folder, name, facts["shape"], workers)
+    else:
+        images, labels = held_in_memory(facts, data_dir, split)
+        images = images.to(device)
+    if facts["chosen"]:
+        images, labels = choose_classes(images, labels, facts["chosen"])
+    return Split(images, labels.to(device), torch.arange(len(labels), device=device))
+
+
+def held_in_memory(facts, data_dir, split):
+    """(uint8 images (N, C, H, W), labels (N,)) of {data_dir}/NAME.npz, or of the digits."""
+    name = facts["name"]
     if name == "digits":
         images, labels = digits(split)
     else:
         path = Path(data_dir) / f"{name}.npz"
-        if not path.exists():
+        if not path.exists() and name in DATASETS:
             download(name, path)
-        try:
-            with np.load(path) as arrays:  # lazy: training never reads the test images
-                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        except Exception as error:
-            raise UsageError(f"{path} cannot be read ({error!r}): remove it, or put a sound {name}.npz there")
-        c, h, w = DATASETS[name]["shape"]
-        classes = DATASETS[name]["classes"]
-        if images.dtype != np.uint8 or images.shape[1:] != (h, w, c) or not len(images):
-            raise UsageError(f"{path}: {split}_images must be uint8 of shape (N, {h}, {w}, {c})")
-        known = labels.dtype.kind in "iu" and np.isin(labels, range(classes)).all()
-        if labels.shape != images.shape[:1] or not known:
-            raise UsageError(f"{path}: {split}_labels must be whole numbers of shape (N,) from 0 to {classes - 1}")
-        images = images.transpose(0, 3, 1, 2)
-    images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    labels = torch.from_numpy(labels.astype(np.int64)).to(device)
-    return Split(images, labels, torch.arange(len(labels), device=device))
+        images, labels = read_npz(path, split)
+        channels, height, width = facts["shape"]
+        if images.shape[1:] != (height, width, channels):
+            raise UsageError(f"{path}: {split}_images must have the shape (N, {height}, {width}, "
+                             f"{channels})")
+        known = np.isin(labels, range(facts["classes"])).all()
+        if not facts["chosen"] and not known:
+            raise UsageError(f"{path}: {split}_labels must be from 0 to {facts['classes'] - 1}")
+    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
-def image_folder(folder, name, workers):
-    """(ImageFiles, labels) of a folder with a folder of images for each class of ImageNet, numbered by the order of
-    their names, or of as many classes, chosen at random once and for all, as the data set has."""
-    whole, facts = DATASETS["imagenet"]["classes"], DATASETS[name]
+def read_npz(path, split):
+    """(uint8 images (N, H, W, C), labels (N,), whole numbers) of one split of a .npz file."""
+    try:
+        with np.load(path) as arrays:  # lazy: training never reads the test images
+            images = arrays[f"{split}_images"]
+            labels = arrays[f"{split}_labels"]
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read ({error!r}): it must hold the arrays "
+                         f"{split}_images and {split}_labels")
+    if images.ndim == 3 and path.stem not in DATASETS:  # grey images without an axis for it
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise UsageError(f"{path}: {split}_images must be uint8 of shape (N, H, W, C), not "
+                         f"{images.dtype} {images.shape}")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise UsageError(f"{path}: {split}_labels must be whole numbers of shape "
+                         f"({len(images)},), not {labels.dtype} {labels.shape}")
+    if labels.min() < 0:  # --classes would take them for the highest class
+        raise UsageError(f"{path}: {split}_labels must not be negative")
+    return images, labels
+
+
+def choose_classes(images, labels, chosen):
+    """The images of the chosen classes; their labels are positions in `chosen`."""
+    position = torch.full((max(int(labels.max()), *chosen) + 1,), -1)
+    position[torch.tensor(chosen)] = torch.arange(len(chosen))
+    rows = (position[labels] >= 0).nonzero()[:, 0]
+    if not len(rows):
+        raise UsageError("--classes: no image has one of these classes")
+    return images[rows], position[labels[rows]]
+
+
+def image_folder(folder, name, shape, workers):
+    """(ImageFiles, labels) of a folder that holds a folder of images for each class of ImageNet.
+
+    Classes are numbered by the order of their names. imagenet100 is a fixed random choice.
+    """
+    whole = DATASETS["imagenet"]["classes"]
     try:
         found = import_torchvision().datasets.ImageFolder(folder)
     except OSError as error:
-        raise UsageError(f"{folder} must hold the images of https://image-net.org, unpacked and sorted into a folder "
-                         f"for each class, as in {folder}/n01440764/NAME.JPEG ({error})")
+        raise UsageError(f"{folder} must hold the images of https://image-net.org, unpacked and "
+                         f"sorted into a folder for each class, as in "
+                         f"{folder}/n01440764/NAME.JPEG ({error})")
     if len(found.classes) != whole:
         raise UsageError(f"{folder} holds {len(found.classes)} classes, ImageNet has {whole}")
-    number = {chosen: i for i, chosen in enumerate(subset(whole, facts["classes"]).tolist())}
-    paths, labels = zip(*((os.fsencode(path), number[label]) for path, label in found.samples if label in number))
-    return ImageFiles(np.array(paths), facts["shape"], workers), torch.tensor(labels)
+    wanted = subset(whole, DATASETS[name]["classes"]).tolist()
+    number_of = {class_of_all: i for i, class_of_all in enumerate(wanted)}
+    samples = [(path, label) for path, label in found.samples if label in number_of]
+    paths = np.array([os.fsencode(path) for path, _ in samples])
+    labels = torch.tensor([number_of[label] for _, label in samples])
+    return ImageFiles(paths, shape, workers), labels
 
 
 def digits(split):
-    """scikit-learn's bundled 1,797 digits of 8x8 pixels, resized to 28x28; a fixed split of 1,437 / 360."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, resized to 28x28; a fixed split of 1,437 / 360."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UsageError("the data set 'digits' comes with scikit-learn: pip install scikit-learn")
     bunch = load_digits()
-    images = F.interpolate(torch.from_numpy(bunch.images / 16).float()[:, None], size=(28, 28), mode="bilinear")
-    images = images.mul(255).round().to(torch.uint8).numpy()
+    small = torch.from_numpy(bunch.images / 16).float()[:, None]
+    images = F.interpolate(small, size=(28, 28), mode="bilinear")
+    images = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     rows = np.random.default_rng(0).permutation(len(images))
     rows = rows[:1437] if split == "train" else rows[1437:]
     return images[rows], bunch.target[rows]
 
 
 def download(name, path):
-    """Write {name}.npz once from torchvision's download: uint8 NHWC images, int64 labels, train_* and test_*."""
-    names = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-    sets = getattr(import_torchvision().datasets, names[name])
+    """Write {name}.npz once from torchvision's download.
+
+    It holds train_images, test_images (uint8, NHWC), train_labels and test_labels (int64).
+    """
+    class_name = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[name]
+    source = getattr(import_torchvision().datasets, class_name)
     print(f"{path} is missing: downloading {name}", flush=True)
     arrays = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
-            part = sets(path.parent, train=split == "train", download=True)
+            part = source(path.parent, train=split == "train", download=True)
             images = np.asarray(part.data)
             arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., None]
             arrays[f"{split}_labels"] = np.asarray(part.targets, dtype=np.int64)
         write_beside(path, lambda file: np.savez(file, **arrays))
     except Exception as error:
-        where = getattr(sets, "mirrors", None) or [getattr(sets, "url", "")]
-        raise UsageError(f"{path} is missing and {name} could not be downloaded from {where[0]} ({error}): put an npz "
-                         "there with train_images, test_images (uint8, NHWC), train_labels, test_labels (int64)")
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # where it is new, and so empty
+        mirrors = getattr(source, "mirrors", None) or [getattr(source, "url", "")]
+        raise UsageError(f"{path} is missing and {name} could not be downloaded from {mirrors[0]} "
+                         f"({error}): put an npz there with train_images, test_images (uint8, "
+                         "NHWC), train_labels, test_labels (int64)")
 
 
 def import_torchvision():
-    """torchvision; beside a CPU-only torch its wheel's compiled operators do not load and the import would fail."""
+    """torchvision. Its wheel is built for CUDA: beside a CPU-only torch its import would fail."""
     try:
         import torchvision
     except ImportError:
         raise UsageError("torchvision is not installed: pip install torchvision")
-    except RuntimeError:  # declare the two operators it looks up; nothing here calls them
+    except RuntimeError:  # declare the two operators that it looks up; nothing here calls them
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
         import torchvision
     return torchvision
 
@@ -406,195 +840,312 @@ def to_float(images):
 
 def progress(batches, name):
     """A progress bar over a sequence while standard error is a terminal."""
-    return tqdm(batches, desc=name, leave=False, disable=ranks()[0] > 0 or None)
+    return tqdm(batches, desc=name, leave=False, disable=True if ranks()[0] else None)
 
 
 def eval_batches(split, batch_size=None, name="evaluating"):
-    """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split. batch_size: 500 by
-    default, 50 where the images are files."""
-    batch_size = batch_size or (500 if torch.is_tensor(split.images) else 50)
+    """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split.
+
+    batch_size: 500 by default, 50 where the images are files.
+    """
+    if batch_size is None:
+        batch_size = 500 if torch.is_tensor(split.images) else 50
     chunks = torch.arange(len(split.labels), device=split.labels.device).split(batch_size)
     for rows, x in zip(progress(chunks, name), read(split, chunks)):
         yield x, split.labels[rows], rows
 
 
-def train_batches(split, batch_size, seed, epoch, augment):
-    """(x, y, index) over a shuffled split, with a progress bar; seeds torch for each step before drawing from it.
+def joins_the_batch_before(leftover, batch_size):
+    """Whether the last, smaller batch of an epoch is too small to be trained on alone.
 
-    `index` is each image's position in the whole training set. `augment`: how to pad before crop and flip, a mode of
-    torch's pad ("constant": by zeros), "crop" for zeros and no flip, or "" for neither. Under torchrun every process
-    gets its share of each step's images, and randomness of its own.
+    BatchNorm cannot normalise one image, and each process needs one.
     """
-    seed_stream(seed, "order", epoch)
-    (rank, size), chunks = ranks(), list(torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size))
-    if len(chunks[-1]) < size:  # too few for all
+    smallest = max(2, ranks()[1])
+    return 0 < leftover < min(smallest, batch_size)
+
+
+def steps_per_epoch(images, batch_size):
+    """How many batches `train_batches` makes of so many images."""
+    whole, leftover = divmod(images, batch_size)
+    if not leftover or (whole and joins_the_batch_before(leftover, batch_size)):
+        return whole
+    return whole + 1
+
+
+def train_batches(split, batch_size, seed, epoch, augment="none", offset=0):
+    """(x, y, index) over a shuffled split, with a progress bar.
+
+    index: each image's position in the whole training set. augment: as --augment. torch is seeded
+    for each step before anything is drawn from it. offset: added to the epoch in the seeds. Under
+    torchrun every process gets its share of each step's images, and randomness of its own.
+    """
+    rank, size = ranks()
+    seed_stream(seed, "order", offset + epoch)
+    order = torch.randperm(len(split.labels)).to(split.labels.device)
+    chunks = list(order.split(batch_size))
+    if len(chunks) > 1 and joins_the_batch_before(len(chunks[-1]), batch_size):
         chunks[-2:] = [torch.cat(chunks[-2:])]
-    if len(chunks[-1]) < size:
-        raise UsageError(f"{len(split.labels)} training images are too few for {size} processes")
+    if min(len(rows) for rows in chunks) < size:
+        raise UsageError(f"{len(order)} training images are too few for {size} processes, or "
+                         f"--batch-size {batch_size} is too small")
     chunks = [rows[rank::size] for rows in chunks]
-    for step, (rows, x) in enumerate(zip(progress(chunks, f"epoch {epoch + 1}"), read(split, chunks, (seed, epoch)))):
-        seed_stream(seed, "step", epoch, step * size + rank)
-        yield crop_and_flip(x, augment) if augment else x, split.labels[rows], split.index[rows]
+    images = read(split, chunks, (seed, offset + epoch))
+    for step, (rows, x) in enumerate(zip(progress(chunks, f"epoch {epoch + 1}"), images)):
+        seed_stream(seed, "step", offset + epoch, step * size + rank)
+        if augment != "none":
+            x = crop_and_flip(x, augment)
+        yield x, split.labels[rows], split.index[rows]
 
 
-def crop_and_flip(x, mode="constant", pad=4):
-    """Random crop after padding, then, but for mode "crop", a random horizontal flip, per image; (N, C, H, W)."""
-    n, c, h, w = x.shape
+def crop_and_flip(x, augment="crop-flip", pad=4):
+    """A random crop after padding and, but for "crop", a random flip, per image; (N, C, H, W)."""
+    n, _, height, width = x.shape
     top, left = torch.randint(0, 2 * pad + 1, (2, n, 1, 1), device=x.device)
-    columns = torch.arange(w, device=x.device).expand(n, 1, w)
-    flipped = torch.rand(n, 1, 1, device=x.device) < (0.0 if mode == "crop" else 0.5)
-    columns = torch.where(flipped, columns.flip(2), columns)
-    rows = torch.arange(h, device=x.device)[None, :, None] + top
-    padded = F.pad(x, [pad] * 4, "constant" if mode == "crop" else mode).permute(0, 2, 3, 1)
-    crop = padded[torch.arange(n, device=x.device)[:, None, None], rows, columns + left]  # (N, H, W, C)
-    return crop.permute(0, 3, 1, 2)
+    rows = torch.arange(height, device=x.device)[None, :, None] + top
+    columns = torch.arange(width, device=x.device).expand(n, 1, width)
+    if augment != "crop":
+        flipped = torch.rand(n, 1, 1, device=x.device) < 0.5
+        columns = torch.where(flipped, columns.flip(2), columns)
+    padding = "reflect" if augment == "reflect-flip" else "constant"
+    padded = F.pad(x, [pad] * 4, padding).permute(0, 2, 3, 1)
+    image = torch.arange(n, device=x.device)[:, None, None]
+    return padded[image, rows, columns + left].permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------- backbones
+# ------------------------------------------------------------------------------------- backbones
 
 class Classifier(nn.Module):
-    """A backbone as attacks and losses see it: takes images in [0, 1], normalises inside, returns float32 logits."""
+    """A backbone as attacks and losses see it.
+
+    It takes images in [0, 1], normalises inside, and returns float32 logits.
+    """
 
     def __init__(self, net, normalize, mean, std, contiguous=False):
+        """mean, std: one number per channel. contiguous: `net` needs NCHW order in memory."""
         super().__init__()
-        self.net, self.normalize, self.contiguous = net, normalize, contiguous
+        self.net = net
+        self.normalize = normalize
+        self.contiguous = contiguous
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def normalized(self, x):
         """Images as the backbone sees them."""
         if self.normalize == "dataset":
-            x = (x - self.mean) / self.std
-        elif self.normalize == "image":  # the deviation has the usual floor: a constant image maps to zero
+            return (x - self.mean) / self.std
+        if self.normalize == "image":  # the usual floor: an image of one colour becomes zero
             std = x.flatten(1).std(1, correction=0).clamp(min=x[0].numel() ** -0.5)
-            x = (x - x.mean((1, 2, 3), keepdim=True)) / std.view(-1, 1, 1, 1)
+            return (x - x.mean((1, 2, 3), keepdim=True)) / std.view(-1, 1, 1, 1)
         return x
 
     def forward(self, x, normalize=True):
         """Logits (N, classes) of images in [0, 1], or of images as `normalized` returns them."""
-        x = self.normalized(x) if normalize else x
-        logits = self.net(x.contiguous() if self.contiguous else x)
-        return logits.float() if logits.dtype == torch.bfloat16 else logits
+        if normalize:
+            x = self.normalized(x)
+        if self.contiguous:
+            x = x.contiguous()
+        logits = self.net(x)
+        is_half = torch.is_tensor(logits) and logits.dtype == torch.bfloat16
+        return logits.float() if is_half else logits
 
 
-BACKBONES = ("lenet+, cnn-small, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, vgg11, 13 or 19, "
-             "densenet-bc-100, eat-a to eat-d, or your own: path/to/file.py:function")
+BACKBONES = ("lenet+, cnn-small, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, "
+             "vgg11, 13 or 19, densenet-bc-100, eat-a to eat-d, or your own: "
+             "path/to/file.py:function")
 
 
-def build_model(name, dataset, normalize="none", device="cpu"):
-    """A freshly initialised Classifier for a data set, channels_last; raises UsageError for an unknown backbone.
+def build_model(name, facts, normalize="none", device="cpu"):
+    """A freshly initialised Classifier for a data set.
 
-    "path/to/file.py:function" imports the file and calls the function, which returns the network.
+    name: of BACKBONES; "path/to/file.py:function" imports the file and calls the function, which
+    returns the network. facts: of `dataset_facts`. UsageError for an unknown backbone, and for one
+    that does not turn such images into one logit per class.
     """
-    facts = DATASETS[dataset]
-    channels, height, width = facts["shape"]
-    if ".py:" in name:
-        net = imported_net(name)
-    elif name == "lenet+":
-        net = lenet_plus(channels, height, width, facts["classes"])
-    elif name == "cnn-small":
-        net = cnn_small(channels, height, width, facts["classes"])
-    elif match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
-        depth, widen = map(int, match.groups())
-        blocks = {32: 5}.get(depth, (depth - 4) / 6)  # WRN-32 fits no such depth; the field builds it with five blocks
-        if blocks < 1 or blocks != int(blocks) or widen < 1:
-            raise UsageError(f"--model {name}: the depth of a WRN is 6 n + 4 (10, 16, 22, 28, 34, 40 ...) or 32")
-        net = WideResNet(int(blocks), widen, channels, facts["classes"])
-    elif re.fullmatch("eat-[abcd]", name):
-        net = eat_source(name[-1], channels, height, width, facts["classes"])
-    elif re.fullmatch("resnet(18|34|50|101|152)|vgg(11|13|19)|densenet-bc-100", name):
-        net = torchvision_net(name, channels, height, facts["classes"])
-    else:
-        raise UsageError(f"unknown model {name!r}: choose {BACKBONES}")
-    if ".py:" in name:  # may use view(), which needs the usual order in memory
-        return Classifier(net, normalize, facts["mean"], facts["std"], contiguous=True).to(device)
-    model = Classifier(net, normalize, facts["mean"], facts["std"])
+    own = ".py:" in name
+    net = imported_net(name, facts["classes"]) if own else known_net(name, facts)
+    # The user's network may use view(), which needs the usual order in memory.
+    model = Classifier(net, normalize, facts["mean"], facts["std"], contiguous=own)
+    check_logits(model, name, facts)
+    if own:
+        return model.to(device)
     return model.to(device, memory_format=torch.channels_last)
 
 
+def known_net(name, facts):
+    """A backbone by name, as `build_model`, without the layer that normalises."""
+    channels, height, width = facts["shape"]
+    classes = facts["classes"]
+    if name == "lenet+":
+        return lenet_plus(channels, height, width, classes)
+    if name == "cnn-small":
+        return cnn_small(channels, height, width, classes)
+    if re.fullmatch(r"wrn-\d+-\d+", name):
+        return wide_resnet(name, channels, classes)
+    if re.fullmatch("eat-[abcd]", name):
+        return eat_source(name, facts)
+    if re.fullmatch("resnet(18|34|50|101|152)|vgg(11|13|19)|densenet-bc-100", name):
+        return torchvision_net(name, channels, min(height, width), classes)
+    raise UsageError(f"unknown model {name!r}: choose {BACKBONES}")
+
+
+def check_logits(model, name, facts):
+    """UsageError where a model in eval mode does not map one image to a logit per class."""
+    try:
+        with torch.no_grad(), model_mode(model, "eval"):
+            logits = model(torch.zeros(1, *facts["shape"]))
+    except Exception as error:  # a network of the user's own may raise anything
+        raise too_small(name, facts, error)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, facts["classes"]):
+        raise UsageError(f"--model {name}: gives {shape or type(logits).__name__} for one image "
+                         f"of {facts['name']}, it must be (1, {facts['classes']})")
+
+
+def too_small(name, facts, error):
+    """The UsageError for a network that cannot take images of this size."""
+    channels, height, width = facts["shape"]
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UsageError(f"--model {name}: does not take images of {height} x {width} pixels and "
+                      f"{channels} channels, they may be too small ({reason})")
+
+
 def lenet_plus(channels, height, width, classes):
-    """LeNet+ (SAT-Rx, table 1); the 5x5 convolutions are padded by 2, so 28x28 images give 3,136 features. ReLU comes
-    after max-pooling: the same function and gradient, a sixth faster."""
+    """LeNet+ (SAT-Rx, table 1). The convolutions are padded by 2: 28x28 gives 3,136 features.
+
+    ReLU comes after max-pooling: the same function and gradient, a sixth faster.
+    """
     return nn.Sequential(
         nn.Conv2d(channels, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
         nn.Conv2d(32, 64, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 1024), nn.ReLU(), nn.Linear(1024, classes))
+        nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 1024), nn.ReLU(),
+        nn.Linear(1024, classes))
 
 
 def cnn_small(channels, height, width, classes):
-    """The MNIST network of fast adversarial training (Wong et al. 2020): two convolutions of stride 2, two layers."""
+    """MNIST's network of fast adversarial training (Wong et al. 2020), convolutions of stride 2."""
     return nn.Sequential(
         nn.Conv2d(channels, 16, 4, stride=2, padding=1), nn.ReLU(),
         nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), 100), nn.ReLU(), nn.Linear(100, classes))
+        nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), 100), nn.ReLU(),
+        nn.Linear(100, classes))
 
 
-def imported_net(name):
-    """The network that a user's function returns, "path/to/file.py:function"; UsageError where it does not."""
+def imported_net(name, classes):
+    """The network that a user's function returns, "path/to/file.py:function".
+
+    The file is imported as from its own folder: its neighbours are found, unless one is called
+    common.py. The function may take num_classes. UsageError where there is no such network.
+    """
     path, _, function = name.rpartition(":")
+    folder = str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    arguments = sys.argv
+    sys.argv = [path]  # an argparse of the file must not see our flags
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(f"own_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look themselves up there
         spec.loader.exec_module(module)
-        net = getattr(module, function)()
-    except Exception as error:
+        make = getattr(module, function)
+        takes_classes = "num_classes" in inspect.signature(make).parameters
+        net = make(num_classes=classes) if takes_classes else make()
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
+    finally:
+        sys.argv = arguments
+        sys.path.remove(folder)
     if not isinstance(net, nn.Module):
-        raise UsageError(f"--model {name}: {function}() must return a torch.nn.Module, not {type(net).__name__}")
+        raise UsageError(f"--model {name}: {function}() must return a torch.nn.Module, not "
+                         f"{type(net).__name__}")
     return net
 
 
-def eat_source(letter, channels, height, width, classes):
-    """Source model A, B, C or D of ensemble adversarial training (SAT-Rx, table 1); unpadded, stride 1."""
-    if letter == "a":
-        layers = [nn.Conv2d(channels, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5), nn.ReLU(), nn.Dropout(0.25),
-                  nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Dropout(0.5)]
-    elif letter == "b":
-        layers = [nn.Dropout(0.2), nn.Conv2d(channels, 64, 8), nn.ReLU(), nn.Conv2d(64, 128, 6), nn.ReLU(),
-                  nn.Conv2d(128, 128, 5), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()]
-    elif letter == "c":
-        layers = [nn.Conv2d(channels, 128, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(128, 64, 3), nn.Tanh(),
-                  nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(128), nn.ReLU()]
+def eat_source(name, facts):
+    """Source model A, B, C or D of ensemble adversarial training (SAT-Rx, table 1).
+
+    Unpadded convolutions of stride 1. UsageError where the images are too small.
+    """
+    channels, height, width = facts["shape"]
+    if name == "eat-a":
+        layers = [nn.Conv2d(channels, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5), nn.ReLU(),
+                  nn.Dropout(0.25), nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Dropout(0.5)]
+    elif name == "eat-b":
+        layers = [nn.Dropout(0.2), nn.Conv2d(channels, 64, 8), nn.ReLU(), nn.Conv2d(64, 128, 6),
+                  nn.ReLU(), nn.Conv2d(128, 128, 5), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()]
+    elif name == "eat-c":
+        layers = [nn.Conv2d(channels, 128, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(128, 64, 3),
+                  nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(128), nn.ReLU()]
     else:
-        hidden = [(nn.LazyLinear(300), nn.ReLU(), nn.Dropout(0.5)) for _ in range(4)]
-        layers = [nn.Flatten(), *(layer for triple in hidden for layer in triple)]
-    net = nn.Sequential(*layers, nn.LazyLinear(classes)).eval()
-    net(torch.zeros(1, channels, height, width))  # sets the sizes that the lazy layers leave open
+        layers = [nn.Flatten()]
+        for _ in range(4):
+            layers += [nn.LazyLinear(300), nn.ReLU(), nn.Dropout(0.5)]
+    net = nn.Sequential(*layers, nn.LazyLinear(facts["classes"])).eval()
+    try:
+        net(torch.zeros(1, channels, height, width))  # sets the sizes that lazy layers leave open
+    except RuntimeError as error:
+        raise too_small(name, facts, error)
     return net.train()
 
 
-def torchvision_net(name, channels, height, classes):
-    """torchvision's ResNets, VGGs (with BatchNorm) and DenseNet-BC-100. Images below 64 pixels get the usual small
-    stem, a 3x3 convolution of stride 1 without max-pool, and VGGs one linear layer behind the convolutions."""
+def torchvision_net(name, channels, pixels, classes):
+    """torchvision's ResNets, VGGs (with BatchNorm) and DenseNet-BC-100.
+
+    Images below 64 pixels get the usual small stem, a 3x3 convolution of stride 1 without
+    max-pool, and VGGs one linear layer behind the convolutions.
+    """
     models = import_torchvision().models
-    if name.startswith("densenet"):  # depth 100 = 3 blocks of 16 bottlenecks, 2 convolutions each, + 4; growth 12
-        net = models.DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=classes)
-    else:
-        net = getattr(models, f"{name}_bn" if name.startswith("vgg") else name)(num_classes=classes)
-    if height >= 64:
-        return net
-    if name.startswith("vgg") and height < 32:
-        raise UsageError(f"--model {name} halves its images five times: {height} pixels are too few, 32 are needed")
     if name.startswith("densenet"):
-        net.features.conv0 = nn.Conv2d(channels, 24, 3, padding=1, bias=False)
-        net.features.norm0, net.features.relu0, net.features.pool0 = nn.Identity(), nn.Identity(), nn.Identity()
+        # Depth 100 = 3 blocks of 16 bottlenecks, 2 convolutions each, + 4; growth 12.
+        net = models.DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24,
+                              num_classes=classes)
     elif name.startswith("vgg"):
-        net.features[0], net.avgpool = nn.Conv2d(channels, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+        net = getattr(models, f"{name}_bn")(num_classes=classes)
+    else:
+        net = getattr(models, name)(num_classes=classes)
+    if pixels >= 64 and channels == 3:
+        return net
+    if pixels >= 64:
+        replace_first_convolution(net, channels)
+    elif name.startswith("densenet"):
+        net.features.conv0 = nn.Conv2d(channels, 24, 3, padding=1, bias=False)
+        net.features.norm0 = nn.Identity()
+        net.features.relu0 = nn.Identity()
+        net.features.pool0 = nn.Identity()
+    elif name.startswith("vgg"):
+        net.features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+        net.avgpool = nn.AdaptiveAvgPool2d(1)
         net.classifier = nn.Linear(512, classes)
     else:
-        net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
+        net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
     return net
 
 
-class WideBlock(nn.Module):
-    """Pre-activation residual block: BN-ReLU-conv twice; a 1x1 shortcut from the activation where shapes differ."""
+def replace_first_convolution(net, channels):
+    """Give a network of torchvision's a first convolution for images of so many channels."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            first = nn.Conv2d(channels, module.out_channels, module.kernel_size, module.stride,
+                              module.padding, bias=module.bias is not None)
+            net.set_submodule(name, first)
+            return
 
-    def __init__(self, inside, out, stride):
+
+class WideBlock(nn.Module):
+    """Pre-activation residual block: BN-ReLU-conv twice.
+
+    Where shapes differ, the shortcut is a 1x1 convolution of the activation.
+    """
+
+    def __init__(self, channels_in, channels_out, stride):
         super().__init__()
-        self.bn1, self.bn2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(out)
-        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(inside, out, 1, stride, bias=False) if (inside, 1) != (out, stride) else None
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if channels_in != channels_out or stride != 1:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
     def forward(self, x):
         active = F.relu(self.bn1(x))
@@ -603,41 +1154,64 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Sequential):
-    """Wide residual network (Zagoruyko and Komodakis 2016): three groups of `blocks`, 16, 32, 64 times `widen` wide."""
+    """Wide residual network (Zagoruyko and Komodakis 2016): three groups of `blocks` blocks.
+
+    The groups are 16, 32 and 64 times `widen` channels wide.
+    """
 
     def __init__(self, blocks, widen, channels, classes):
-        widths = [16, 16 * widen, 32 * widen, 64 * widen]
-        groups = [WideBlock(widths[g] if b == 0 else widths[g + 1], widths[g + 1], 2 if g and b == 0 else 1)
-                  for g in range(3) for b in range(blocks)]
-        super().__init__(nn.Conv2d(channels, 16, 3, padding=1, bias=False), *groups, nn.BatchNorm2d(widths[3]),
-                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[3], classes))
+        layers = [nn.Conv2d(channels, 16, 3, padding=1, bias=False)]
+        width = 16
+        for group, group_width in enumerate((16 * widen, 32 * widen, 64 * widen)):
+            for block in range(blocks):
+                stride = 2 if group > 0 and block == 0 else 1
+                layers.append(WideBlock(width, group_width, stride))
+                width = group_width
+        super().__init__(*layers, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(width, classes))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-# --------------------------------------------------------------------------------------------- losses and attacks
+def wide_resnet(name, channels, classes):
+    """The WideResNet of a name such as wrn-28-10: depth and width. Depth 32 has five blocks."""
+    _, depth, widen = name.split("-")
+    blocks = (int(depth) - 4) / 6
+    if depth == "32":  # fits no such depth; the field builds it with five blocks
+        blocks = 5
+    if blocks < 1 or blocks != int(blocks) or int(widen) < 1:
+        raise UsageError(f"--model {name}: the depth of a WRN is 6 n + 4 (10, 16, 22, 28, 34, 40 "
+                         "...) or 32")
+    return WideResNet(int(blocks), int(widen), channels, classes)
+
+
+# ---------------------------------------------------------------------------- losses and attacks
 
 def cross_entropy(logits, y):
-    """Cross-entropy per sample, (N,)."""
+    """Cross-entropy per image, (N,)."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def kl(logits, reference):
-    """KL(softmax(reference) || softmax(logits)) per sample, (N,); finite for any finite logits, gradients into both."""
-    log_p, log_q = F.log_softmax(reference, 1), F.log_softmax(logits, 1)
+    """KL(softmax(reference) || softmax(logits)) per image, (N,).
+
+    It is finite for any finite logits. Gradients flow into both.
+    """
+    log_p = F.log_softmax(reference, 1)
+    log_q = F.log_softmax(logits, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def margin(logits, y):
-    """Highest wrong logit minus the true one, per sample: above 0 where misclassified; the loss of PGD-CW."""
+    """Highest wrong logit minus the true one, (N,): above 0 where misclassified. PGD-CW's loss."""
     true = logits.gather(1, y[:, None])[:, 0]
     return logits.scatter(1, y[:, None], -math.inf).amax(1) - true
 
 
 @contextlib.contextmanager
 def model_mode(model, mode):
-    """Put every submodule into "train" or "eval" mode, and back into its own on leaving, also after an exception."""
+    """Put every submodule into "train" or "eval" mode, and back on leaving, also on an error."""
     before = [(module, module.training) for module in model.modules()]
     model.train(mode == "train")
     try:
@@ -648,83 +1222,101 @@ def model_mode(model, mode):
 
 
 def input_gradient(model, x, target, loss=cross_entropy):
-    """(gradient of each sample's loss with respect to its image, logits), in the model's present mode, detached.
+    """(gradient of each image's loss with respect to the image, logits), both detached.
 
-    Only the input is differentiated: no parameter's .grad is read or written.
+    The model stays in its present mode. No parameter's .grad is read or written.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
-        return torch.autograd.grad(loss(logits, target).sum(), x)[0], logits.detach()
+        grad, = torch.autograd.grad(loss(logits, target).sum(), x)
+    return grad, logits.detach()
 
 
-def per_sample(value, x):
-    """A number or an (N,) tensor, broadcastable against x (N, C, H, W)."""
-    value = value.to(x) if torch.is_tensor(value) else torch.full((len(x),), value, dtype=x.dtype, device=x.device)
-    return value.view(-1, *[1] * (x.dim() - 1))
+def per_image(value, x):
+    """A number, or a tensor (N,), as a tensor that broadcasts against images x (N, C, H, W)."""
+    if not torch.is_tensor(value):
+        value = torch.full((len(x),), value, dtype=x.dtype, device=x.device)
+    return value.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
-def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=None, momentum=None, targeted=False,
-                restarts=1, labels=None, mode="eval"):
-    """The gradient loop of every L-infinity attack: x' <- clip(x' + step * sign(g)) into the eps-ball and [0, 1].
+def check_images(x):
+    """ValueError where images are outside [0, 1].
 
-    x: images in [0, 1], (N, C, H, W), else ValueError. target: what `loss` compares logits with, a row per sample:
-    labels, or reference logits for kl. eps, step: numbers or (N,) tensors. start: function (x, eps) -> first iterate, x
-    itself by default. momentum: mu of MI-FGSM (SAT-Rx eq. 10), None for plain steps. targeted: descend the loss.
-    labels (evaluation): the first iterate that is not classified as its label is a sample's result, and neither further
-    steps nor further restarts attack it. mode: the model's while attacked, "eval" or "train", restored after.
-    Returns the perturbed images, detached.
+    Not for images on a GPU: reading the answer would make every training step wait for it.
     """
-    if not ((x >= 0) & (x <= 1)).all():
+    if x.device.type == "cpu" and not ((x >= 0) & (x <= 1)).all():
         raise ValueError("attacks take images in [0, 1]: normalisation belongs inside the model")
-    x, eps, step = x.detach(), per_sample(eps, x), per_sample(step, x) * (-1 if targeted else 1)
-    lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    result, rows = x.clone(), torch.arange(len(x), device=x.device)  # rows: the samples still attacked
+
+
+def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=None, momentum=None,
+                targeted=False, labels=None, mode="eval"):
+    """The gradient loop of every L-infinity attack: x' <- clip(x' + step * sign(gradient)).
+
+    clip: into the eps-ball around x and into [0, 1]. Returns the perturbed images, detached.
+
+    x: images in [0, 1], (N, C, H, W), else ValueError.
+    target: what `loss` compares logits with, a row per image: labels, or reference logits for kl.
+    eps, step: numbers or tensors (N,), in [0, 1] units.
+    start: function (x, eps) -> first iterate; x itself by default.
+    momentum: mu of MI-FGSM (SAT-Rx eq. 10), None for plain steps.
+    targeted: whether the loss is to fall.
+    labels: for evaluation, (N,). An image's result is then its first iterate that is not
+        classified as its label, and no further steps are spent on it.
+    mode: the model's while it is attacked, "eval" or "train"; its own is restored.
+    """
+    check_images(x)
+    x = x.detach()
+    if not len(x):  # half of a batch of one: networks need not take an empty batch
+        return x
+    eps = per_image(eps, x)
+    step = per_image(-step if targeted else step, x)
+    low = (x - eps).clamp(min=0)
+    high = (x + eps).clamp(max=1)
+    x_adv = x if start is None else start(x, eps)
+    velocity = torch.zeros_like(x_adv)
+    result = x.clone()
+    rows = torch.arange(len(x), device=x.device)  # the images that are still attacked
     with model_mode(model, mode):
-        for _ in range(restarts):
-            x_adv = x if start is None else start(x, eps)  # drawn for all: no sample's start depends on the others
-            x_adv, y, alpha, low, high = (t[rows] for t in (x_adv, target, step, lower, upper))
-            velocity = torch.zeros_like(x_adv)
-            for _ in range(steps):
-                grad, logits = input_gradient(model, x_adv, y, loss)
-                if labels is not None and not (going := logits.argmax(1) == labels[rows]).all():
-                    result[rows[~going]] = x_adv[~going]
-                    rows, x_adv, y, alpha, low, high, velocity, grad = (
-                        t[going] for t in (rows, x_adv, y, alpha, low, high, velocity, grad))
-                    if not len(rows):
-                        return result
-                if momentum is not None:
-                    grad = grad / grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
-                    velocity = grad = momentum * velocity + grad
-                x_adv = (x_adv + alpha * grad.sign()).clamp(low, high)
-            result[rows] = x_adv = x_adv.clamp(low, high)
-            if labels is not None and restarts > 1:
-                with torch.no_grad():
-                    rows = rows[model(x_adv).argmax(1) == labels[rows]]
+        for _ in range(steps):
+            grad, logits = input_gradient(model, x_adv, target, loss)
+            if labels is not None:
+                holds = logits.argmax(1) == labels[rows]
+                result[rows[~holds]] = x_adv[~holds]
+                state = (rows, x_adv, target, step, low, high, velocity, grad)
+                rows, x_adv, target, step, low, high, velocity, grad = [t[holds] for t in state]
                 if not len(rows):
-                    break
+                    return result
+            if momentum is not None:
+                l1_norm = grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
+                velocity = momentum * velocity + grad / l1_norm
+                grad = velocity
+            x_adv = (x_adv + step * grad.sign()).clamp(low, high)
+    result[rows] = x_adv.clamp(low, high)
     return result
 
 
-def uniform_start(x, eps, clip=True):
-    """PGD's random start: uniform in the eps-ball, clipped to [0, 1] unless told otherwise."""
-    start = x + eps * torch.empty_like(x).uniform_(-1, 1)
-    return start.clamp(0, 1) if clip else start
+def uniform_start(x, eps):
+    """PGD's random start: uniform in the eps-ball, clipped to [0, 1]."""
+    return (x + eps * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
 
 
 def gaussian_start(x, eps):
-    """TRADES's random start: x plus a Gaussian of deviation 0.001, clipped to [0, 1] (Zhang et al. 2019)."""
+    """TRADES's random start: a Gaussian of deviation 0.001 around x (Zhang et al. 2019)."""
     return (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
 
 
 def fgsm(model, x, target, eps, **options):
-    """x + eps sign(grad) (Goodfellow et al. 2015; SAT-Rx eq. 1)."""
+    """x + eps sign(gradient) (Goodfellow et al. 2015; SAT-Rx eq. 1). options: of linf_attack."""
     return linf_attack(model, x, target, eps, eps, 1, **options)
 
 
 def rfgsm(model, x, target, eps, alpha, **options):
-    """A step of alpha in a random sign direction, then one of eps - alpha along the gradient (SAT-Rx eqs. 2 and 3)."""
-    def noise(x, eps):  # not clipped before the gradient, as printed; the result is
+    """A step of alpha in a random sign direction, then one of eps - alpha along the gradient.
+
+    SAT-Rx eqs. 2 and 3. The point between is not clipped, as printed; the result is.
+    """
+    def noise(x, eps):
         return x + alpha * torch.randn_like(x).sign()
     return linf_attack(model, x, target, eps, eps - alpha, 1, start=noise, **options)
 
@@ -735,66 +1327,53 @@ def ifgsm(model, x, target, eps, steps, **options):
 
 
 def pgd(model, x, target, eps, step, steps, start=uniform_start, **options):
-    """Projected gradient descent, by default from a random start in the ball (Madry et al. 2018; SAT-Rx eqs. 7, 8)."""
+    """Projected gradient descent from a random start (Madry et al. 2018; SAT-Rx eqs. 7, 8)."""
     return linf_attack(model, x, target, eps, step, steps, start=start, **options)
 
 
 def mi_fgsm(model, x, target, eps, steps, mu=1.0, **options):
-    """Iterative FGSM with momentum over L1-normalised gradients (Dong et al. 2018; SAT-Rx eqs. 9 to 11)."""
+    """Iterative FGSM with momentum over L1-normalised gradients (SAT-Rx eqs. 9 to 11)."""
     return linf_attack(model, x, target, eps, eps / steps, steps, momentum=mu, **options)
 
 
-def dra(model, x, target, eps, steps, p, loss=cross_entropy, start=None, mode="eval"):
-    """The dynamically regulated adversary (DRA, algorithm 1): T steps of eps / T along the gradient divided by its mean
-    magnitude, then every value but the share p of largest gradient is put back; clipped to [0, 1].
+def pixel_scale(facts):
+    """The mean deviation of the data set's pixels.
 
-    x: (N, C, H, W) in [0, 1]; eps: the mean change per value before the filter, a number or (N,). start: function
-    (x, eps) -> first iterate, x itself by default. No projection; a gradient of zero moves nothing. Returns the
-    perturbed images, detached.
+    A radius in units of normalised images, multiplied by it, is in [0, 1] units.
     """
-    x_adv, alpha = x.detach() if start is None else start(x.detach(), eps), per_sample(eps, x) / steps
-    with model_mode(model, mode):
-        for _ in range(steps):
-            grad, _ = input_gradient(model, x_adv, target, loss)
-            x_adv = x_adv + alpha * grad / grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
-    salience = grad.abs().flatten(1)
-    kept = torch.zeros_like(salience, dtype=torch.bool)
-    kept.scatter_(1, salience.topk(round(p * salience.shape[1]), dim=1).indices, True)
-    return torch.where(kept.view_as(x), x_adv, x.detach()).clamp(0, 1)
-
-
-def pixel_scale(dataset):
-    """By what a radius in units of normalised images is multiplied to be in [0, 1] units: the mean deviation."""
-    std = DATASETS[dataset]["std"]
-    return sum(std) / len(std)
+    return sum(facts["std"]) / len(facts["std"])
 
 
 def correct(model, split, batch_size=None, attack=None):
-    """Which images of a split the model, in eval mode, classifies correctly: bool (N,) on the split's device.
+    """Which images of a split the model, in eval mode, classifies correctly: bool (N,).
 
-    batch_size: as in `eval_batches`. attack: function (x, y) -> perturbed images; None for clean accuracy.
+    batch_size: as in `eval_batches`. attack: function (x, y) -> perturbed images, or None.
     """
     flags = torch.empty(len(split.labels), dtype=torch.bool, device=split.labels.device)
     with model_mode(model, "eval"):
         for x, y, rows in eval_batches(split, batch_size):
-            x = x if attack is None else attack(x, y)
+            if attack is not None:
+                x = attack(x, y)
             with torch.no_grad():
                 flags[rows] = model(x).argmax(1) == y
     return flags
 
 
 def accuracy(model, split, batch_size=None, attack=None):
-    """The share of a split that the model, in eval mode, classifies correctly; the rest as in `correct`."""
+    """The share of a split that the model classifies correctly; arguments as in `correct`."""
     return correct(model, split, batch_size, attack).float().mean().item()
 
 
-# ----------------------------------------------------------------------------------------------- runs and checkpoints
+# --------------------------------------------------------------------------- runs and checkpoints
 
 FORMAT = 1  # of the checkpoint's dictionary; raise it when a field changes its meaning
 
 
 def write_beside(path, write):
-    """Call write(file) on PATH.PID.part and rename it to PATH: a reader, or a crash, never sees half a file."""
+    """Call write(file) on PATH.PID.part and rename it to PATH.
+
+    A reader, or a crash, never sees half a file.
+    """
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -809,7 +1388,7 @@ def write_beside(path, write):
 
 
 def load_file(path):
-    """A file of torch.save with tensors and plain values only, onto the CPU; UsageError for anything else."""
+    """A file of torch.save with tensors and plain values only, onto the CPU; else UsageError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -817,244 +1396,521 @@ def load_file(path):
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})")
     except Exception as error:
-        code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
-        raise UsageError(f"{path}: " + ("refused: loading it would run code, save its state_dict instead" if code
-                                        else f"not a checkpoint, or a damaged one ({type(error).__name__})"))
+        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
+            raise UsageError(f"{path}: refused: loading it would run code, save its state_dict "
+                             "instead")
+        raise UsageError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})")
 
 
 def load_checkpoint(path):
     """The dictionary that training wrote to `path`, checked to be one."""
     checkpoint = load_file(path)
-    needed = {"format", "script", "model", "dataset", "normalize", "args", "provenance", "history", "best", "last"}
+    needed = {"format", "script", "model", "dataset", "num_classes", "input_shape", "normalize",
+              "args", "provenance", "history", "best", "last"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UsageError(f"{path}: not a checkpoint of a run")
     if checkpoint["format"] != FORMAT:
         raise UsageError(f"{path}: has format {checkpoint['format']}, this code reads {FORMAT}")
-    if checkpoint["dataset"] not in DATASETS or checkpoint["normalize"] not in ("none", "dataset", "image"):
-        raise UsageError(f"{path}: names a data set or a normalisation that this code does not have")
+    if checkpoint["normalize"] not in NORMALIZATIONS:
+        raise UsageError(f"{path}: names a normalisation that this code does not have")
     return checkpoint
 
 
 def load_init(model, path):
-    """Load the last weights of a checkpoint (the best, where it holds no others) into a model; returns the former."""
+    """Load the last weights of a checkpoint into a model, or its best where it has no last.
+
+    Returns the checkpoint.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint["normalize"] != model.normalize:
-        raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, this one {model.normalize}")
+        raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, this "
+                         f"one {model.normalize}")
     load_weights(model, (checkpoint["last"] or checkpoint["best"])["state_dict"], path)
     return checkpoint
 
 
 def load_weights(model, state_dict, path):
-    """Strictly load a backbone's state_dict, also one saved through DDP or torch.compile; UsageError if it differs."""
-    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state_dict.items()}
+    """Strictly load a backbone's state_dict; UsageError if it does not fit.
+
+    The prefixes of DistributedDataParallel and torch.compile go where the names then fit.
+    """
+    names = model.net.state_dict().keys()
+    if state_dict.keys() != names:
+        bare = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
+                for name, value in state_dict.items()}
+        if bare.keys() == names:
+            state_dict = bare
     try:
         model.net.load_state_dict(state_dict)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UsageError(f"{path}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})")
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"{path}: its weights do not fit the model ({reason})")
 
 
-def load_model(path, weights="best", device="cpu", dataset=None, architecture=None):
-    """(Classifier in eval mode with the `best` or `last` weights, checkpoint dictionary) of a run's file; UsageError
-    where it was trained on another data set than `dataset`.
+def load_model(path, weights="best", device="cpu", facts=None, architecture=None):
+    """(Classifier in eval mode, checkpoint dictionary) of a run's file.
 
-    architecture: the command line's --model, needed where the network is built by the user's own file: a checkpoint
-    that names code is not followed.
+    weights: "best" or "last". facts: those of the data set it must have been trained on, or None.
+    architecture: the command line's --model. It is read where the user's own file builds the
+    network: code that a checkpoint names is not run. UsageError where something does not fit.
     """
     checkpoint = load_checkpoint(path)
-    if dataset not in (None, checkpoint["dataset"]):
-        raise UsageError(f"{path}: was trained on {checkpoint['dataset']}, not on {dataset}")
+    if facts and facts["name"] != checkpoint["dataset"]:
+        raise UsageError(f"{path}: was trained on {checkpoint['dataset']}, not on {facts['name']}")
+    if facts and facts["classes"] != checkpoint["num_classes"]:
+        raise UsageError(f"{path}: has {checkpoint['num_classes']} classes, not "
+                         f"{facts['classes']}")
+    if facts and facts["chosen"] != checkpoint["args"].get("classes"):
+        raise UsageError(f"{path}: was trained with other --classes, or with the same ones in "
+                         "another order")
     if not checkpoint.get(weights):
         raise UsageError(f"{path}: holds no {weights} weights")
-    if ".py:" in checkpoint["model"] and not architecture:
-        raise UsageError(f"{path}: {checkpoint['model']} builds its network and is not run unasked: give --model")
-    model = build_model(architecture or checkpoint["model"], checkpoint["dataset"], checkpoint["normalize"], device)
+    name = checkpoint["model"]
+    if ".py:" in name:
+        if not architecture or ".py:" not in architecture:
+            raise UsageError(f"{path}: {name} builds its network and is not run unasked: give "
+                             "--model")
+        name = architecture
+    model = build_model(name, checkpoint_facts(checkpoint), checkpoint["normalize"], device)
     load_weights(model, checkpoint[weights]["state_dict"], path)
     return model.eval(), checkpoint
 
 
 def provenance(device):
     """What a number needs beside it: command, commit, hardware and versions, as plain values."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    gpu, size = device.type == "cuda", ranks()[1]
-    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")] if size > 1 else ["python"]
-    return dict(command=shlex.join([*start, Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit,
-                hardware=(f"{size} x " if size > 1 else "") +
-                (torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"),
-                versions=dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__))
+    size = ranks()[1]
+    start = ["python"]
+    if size > 1:
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    hardware = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    if size > 1:
+        hardware = f"{size} x {hardware}"
+    versions = dict(python=sys.version.split()[0], torch=str(torch.__version__),
+                    numpy=np.__version__)
+    command = shlex.join([*start, Path(sys.argv[0]).name, *map(str, sys.argv[1:])])
+    return dict(command=command, commit=commit, hardware=hardware, versions=versions)
 
 
 class Meter:
-    """Sample-weighted means of named scalars. They gather on the device and are read every 50 steps, when a value that
-    is not finite ends the run (UsageError) with epoch, step and term named."""
+    """Means of named scalars over the images of an epoch, of all processes.
+
+    The scalars gather on the device and are read every 50 steps. A value that is not finite then
+    ends the run: UsageError with epoch, step and term.
+    """
 
     def __init__(self, epoch):
-        self.epoch, self.step, self.rows, self.sizes, self.total, self.n = epoch, 0, [], [], 0, 0
+        self.epoch = epoch
+        self.names = []
+        self.steps_read = 0
+        self.rows = []
+        self.sizes = []
+        self.total = 0
+        self.images = 0
 
     def add(self, size, terms):
-        """terms: name -> scalar tensor, a mean over `size` samples."""
+        """terms: name -> scalar, a mean over `size` images; the same names at every step."""
+        if self.names and self.names != list(terms):
+            raise UsageError(f"the loss returned the terms {', '.join(terms)} after "
+                             f"{', '.join(self.names)}: they must be the same at every step")
         self.names = list(terms)
-        self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+        devices = [term.device for term in terms.values() if torch.is_tensor(term)]
+        device = devices[0] if devices else "cpu"
+        self.rows.append(torch.stack([torch.as_tensor(term, device=device).detach().float()
+                                      for term in terms.values()]))
         self.sizes.append(size)
         if len(self.rows) == 50:
-            self.read()
+            self.gather()
+
+    def gather(self):
+        """Check and sum what has been added since the last time."""
+        if not self.rows:
+            return
+        rows = torch.stack(self.rows).cpu().double()
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        broken = (~rows.isfinite()).nonzero()
+        if len(broken):
+            step, term = broken[0].tolist()
+            raise UsageError(
+                f"{self.names[term]} is {rows[step, term]:.0f} at epoch {self.epoch + 1}, step "
+                f"{self.steps_read + step + 1}: the run ends, what was saved before is kept "
+                "(a lower --lr?)")
+        self.total = self.total + sizes @ rows
+        self.images = self.images + sizes.sum()
+        self.steps_read += len(rows)
+        self.rows = []
+        self.sizes = []
 
     def read(self):
-        """Check and sum what has gathered; returns name -> mean so far."""
-        if self.rows:
-            rows, sizes = torch.stack(self.rows).cpu().double(), torch.tensor(self.sizes, dtype=torch.float64)
-            for step, term in (~rows.isfinite()).nonzero():
-                raise UsageError(f"{self.names[term]} is {rows[step, term]:.0f} at epoch {self.epoch + 1}, step "
-                                 f"{self.step + step + 1}: the run ends, what was saved before is kept (a lower --lr?)")
-            self.total, self.n = self.total + sizes @ rows, self.n + sizes.sum()
-            self.step, self.rows, self.sizes = self.step + len(rows), [], []
-        return dict(zip(self.names, (self.total / self.n).tolist()))
+        """name -> mean over all that was added; nothing where nothing was."""
+        self.gather()
+        if not self.names:
+            return {}
+        total = self.total
+        images = self.images
+        if ranks()[1] > 1:
+            on_gpu = torch.distributed.get_backend() == "nccl"
+            sums = torch.cat([total, images.view(1)]).to("cuda" if on_gpu else "cpu")
+            sums = summed(sums).cpu()
+            total = sums[:-1]
+            images = sums[-1]
+        return dict(zip(self.names, (total / images).tolist()))
 
 
 def default_path(script, dataset):
-    """Where a run is written without --ckpt."""
-    return f"runs/{script}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
+    """Where a run is written without --ckpt; no two runs get the same."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return f"runs/{script}-{dataset}-{now}-{secrets.token_hex(2)}.pt"
 
 
 def going_on(path, resume):
     """Whether --resume finds a run to go on with."""
-    return resume and Path(path).with_suffix(".resume.pt").exists()
+    return bool(resume and path) and Path(path).with_suffix(".resume.pt").exists()
 
 
-def claim(path, resume, overwrite):
-    """The open PATH.lock that keeps a second run off `path` until it is closed; UsageError where the name is not valid,
-    another run holds it, or files are there that the flags do not give free.
+def refuse_taken(path, resume, overwrite, others=(), earlier_paths=()):
+    """UsageError where a file would be replaced without --overwrite or --resume.
 
-    --overwrite takes the resume file away at once: were the new run interrupted, --resume must not revive the old.
+    others: more files that the run will write. earlier_paths: runs of the phases before this one;
+    --resume also goes on with one of them that is not finished.
     """
-    path, resume_path = Path(path), Path(path).with_suffix(".resume.pt")
-    if path.suffix != ".pt":
-        raise UsageError(f"--ckpt {path}: the name must end in .pt")
+    path = Path(path)
+    resume_path = path.with_suffix(".resume.pt")
+    if overwrite or going_on(path, resume):
+        return
+    for earlier in earlier_paths:
+        if going_on(earlier, resume):
+            state = load_file(earlier.with_suffix(".resume.pt"))
+            if not path.exists() or state["last"]["epoch"] < state["args"]["epochs"]:
+                return
+    if resume_path.exists():
+        raise UsageError(f"{path} exists: --resume goes on with it, --overwrite replaces it")
+    for file in (path, path.with_suffix(".jsonl"), *others):
+        if file.exists():
+            raise UsageError(f"{file} exists: --overwrite replaces it")
+
+
+def claim(path):
+    """The open PATH.lock that keeps a second run off `path` until it is closed.
+
+    UsageError where another run holds it, or where the path cannot be written.
+    """
+    lock_path = Path(f"{path}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{path}.lock", "w")
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(lock_path, "w")
         if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
+            if os.fstat(lock.fileno()).st_ino != os.stat(lock_path).st_ino:
+                raise BlockingIOError  # the run before removed the file as this one opened it
     except BlockingIOError:
         raise UsageError(f"--ckpt {path}: another run is writing it")
     except OSError as error:
         raise UsageError(f"--ckpt {path}: cannot be written ({error.strerror})")
-    exists = any(file.exists() for file in (path, resume_path, path.with_suffix(".jsonl")))
-    if exists and not overwrite and not going_on(path, resume):
-        go_on = "--resume goes on with it, " if resume_path.exists() else ""
-        raise UsageError(f"{path} exists, or its .jsonl: {go_on}--overwrite replaces it")
-    if overwrite:
-        resume_path.unlink(missing_ok=True)
     return lock
 
 
+def lock_file(file):
+    """Lock an open file, BlockingIOError where another process has it.
+
+    Some network file systems have no locks: runs work there, unprotected.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def release(lock, new_folders):
+    """Give up a claim: remove the lock, and the folders made for the run that are still empty."""
+    with contextlib.suppress(OSError):
+        os.unlink(lock.name)
+        lock.close()
+        for folder in new_folders:
+            folder.rmdir()
+
+
 class Run:
-    """A training run on disk and in W&B: PATH.pt to use, PATH.resume.pt to go on from, PATH.jsonl, a line per epoch.
-    Under torchrun the first process writes, and all of them read what an interrupted run left."""
+    """A training run on disk and in W&B.
 
-    FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "workers", "wandb")  # what a resumed run may change
+    PATH.pt is there to be used, PATH.resume.pt to go on from, PATH.jsonl has a line per epoch.
+    Under torchrun the first process writes; all of them read what an interrupted run left.
+    """
 
-    def __init__(self, script, config, device):
-        """script: its name; config: its resolved flags, plain values. UsageError where the path cannot be used."""
-        self.script, self.config = script, config
-        self.path = Path(config["ckpt"] or default_path(script, config["dataset"]))
-        self.resume_path, self.log_path = (self.path.with_suffix(end) for end in (".resume.pt", ".jsonl"))
-        self.provenance, self.history, self.best, self.wandb_id = provenance(device), [], None, None
-        self.method_state, self.columns = None, None  # what an interrupted run's method kept; what was printed last
+    # what a resumed run may change
+    FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "workers", "wandb", "precision")
+
+    def __init__(self, script, flags, defaults, facts, precision, epochs_may_grow=False,
+                 files=(), earlier_suffixes=()):
+        """Claim the path and read what an interrupted run left; nothing is written yet.
+
+        script: the script's __file__; a copy's runs carry the copy's name and source.
+        flags, defaults, facts: of `parse_flags`. precision: of `set_up`.
+        epochs_may_grow: whether a resumed run may have more --epochs, since no schedule depends
+        on them. files: more files that the run will write. earlier_suffixes: such as .vanilla.pt,
+        of the runs of earlier phases. UsageError where the path cannot be used, or the interrupted
+        run had other flags.
+        """
+        self.script = Path(script).stem
+        self.source = Path(script).read_text()
+        self.path = Path(flags.ckpt or default_path(self.script, flags.dataset))
+        self.resume_path = self.path.with_suffix(".resume.pt")
+        self.log_path = self.path.with_suffix(".jsonl")
+        self.facts = facts
+        self.defaults = defaults
+        self.config = dict(vars(flags), precision=precision, ckpt=str(self.path))
+        self.history = []
+        self.best = None
+        self.wandb = None
+        self.wandb_id = None
+        self.provenance = None
+        self.method_state = None  # what the method of an interrupted run kept
+        self.columns = None  # of the line that was printed last
+        self.state = None
         self.writes = ranks()[0] == 0
-        self.lock = claim(self.path, config["resume"], config["overwrite"]) if self.writes else None
-        self.state = load_file(self.resume_path) if going_on(self.path, config["resume"]) else None
-        if self.state:
-            self.adopt(self.state)
-        for name, value in dict(config, ckpt=str(self.path)).items():
-            print(f"{name.replace('_', '-'):>14}  {value}")
-        self.wandb = wandb_run(config, script, self.path, self.wandb_id) if self.writes else None
+        if self.writes:
+            earlier_paths = [self.path.with_suffix(suffix) for suffix in earlier_suffixes]
+            self.claim(files, earlier_paths)
+        begun_runs.append(self.path)
+        if going_on(self.path, flags.resume):
+            self.state = load_file(self.resume_path)
+            self.adopt(self.state, flags.precision, epochs_may_grow)
+        self.precision = self.config["precision"]
 
-    def adopt(self, state):
-        """Take over an interrupted run's history, after checking that it is this run."""
+    def claim(self, files, earlier_paths):
+        """Keep other runs off the path until the run is closed, fails, or the process ends."""
+        refuse_taken(self.path, self.config["resume"], self.config["overwrite"], files,
+                     earlier_paths)
+        if self.config["init"] and not going_on(self.path, self.config["resume"]):
+            load_checkpoint(self.config["init"])  # a wrong name must not cost the old run
+        new_folders = [folder for folder in self.path.parents if not folder.exists()]
+        lock = claim(self.path)
+        self.unlock = weakref.finalize(self, release, lock, new_folders)
+        if self.config["overwrite"]:
+            # Were the new run interrupted, --resume must not revive the old one.
+            self.resume_path.unlink(missing_ok=True)
+
+    def adopt(self, state, precision, epochs_may_grow):
+        """Take over an interrupted run's history, after checking that it is this run.
+
+        precision: the flag; "auto" keeps what the run began with.
+        """
         try:
-            old, new = dict(state["args"], script=state["script"]), dict(self.config, script=self.script)
-            self.history, self.best, self.wandb_id = state["history"], state["best"], state["wandb_id"]
+            old = dict(state["args"], script=state["script"])
+            self.history = state["history"]
+            self.best = state["best"]
+            self.wandb_id = state["wandb_id"]
             self.method_state = state["method_state"]
+            known = state["format"] == FORMAT
             self.provenance = state["provenance"]  # of the command that started the run
         except (KeyError, TypeError):
             raise UsageError(f"{self.resume_path}: is not what an interrupted run leaves")
-        differ = [f"{k.replace('_', '-')} was {old.get(k)}, is {new[k]}" for k in new
-                  if k not in self.FREE and (k not in old or old[k] != new[k])]
+        if not known:
+            raise UsageError(f"{self.resume_path}: has format {state['format']}, this code reads "
+                             f"{FORMAT}")
+        new = dict(self.config, script=self.script)
+        if precision == "auto":
+            self.config["precision"] = old["precision"]
+        elif old["precision"] != new["precision"]:
+            raise UsageError(f"{self.resume_path} was begun with --precision {old['precision']}")
+        if epochs_may_grow and new["epochs"] > old["epochs"]:
+            old["epochs"] = new["epochs"]
+        differ = []
+        for name in new.keys() - set(self.FREE):
+            before = old.get(name, self.defaults.get(name))  # a flag that is newer than the run
+            if before != new[name]:
+                differ.append(f"{name.replace('_', '-')} was {shown(before)}, is "
+                              f"{shown(new[name])}")
+        if any(text.startswith("epochs ") for text in differ) and not epochs_may_grow:
+            differ.append("the schedule depends on --epochs")
         if differ:
-            raise UsageError(f"{self.resume_path} is of a run with other flags: {'; '.join(differ)}")
+            raise UsageError(f"{self.resume_path} is of a run with other flags: "
+                             f"{'; '.join(sorted(differ))}")
+        if state.get("source", self.source) != self.source:
+            print(f"{self.script}.py has changed since this run began")
 
-    def restore(self, model, optimizer):
-        """Load the interrupted run, if there is one, into model and optimizer, or else the network of --init; returns
-        the next epoch, from 0."""
-        if not self.state:
-            if self.config["init"]:
-                load_init(model, self.config["init"])
-            return 0
-        load_weights(model, self.state["last"]["state_dict"], self.resume_path)
-        optimizer.load_state_dict(self.state["optimizer"])
+    def start(self, model, optimizer):
+        """Load the interrupted run, if there is one, or --init; returns the next epoch, from 0."""
+        device = next(model.parameters()).device
+        first = 0
+        if self.state:
+            first = self.continue_from(self.state, model, optimizer)
+            self.state = None
+        elif self.config["init"]:
+            load_init(model, self.config["init"])
+        found = summed(torch.tensor([first], device=device)).item()
+        if found != first * ranks()[1]:
+            raise UsageError(f"--resume: not every process finds {self.resume_path}, put it where "
+                             "all of them do")
+        if self.provenance is None:
+            self.provenance = provenance(device)
+        self.print_flags()
+        if self.writes:
+            config = dict(self.config, script=self.script, source=self.source)
+            self.wandb = wandb_run(config, self.script, self.path, self.wandb_id)
+        self.began = time.monotonic()
+        self.first = first
+        return first
+
+    def continue_from(self, state, model, optimizer):
+        """Load an interrupted run's weights and optimiser; returns the next epoch, from 0."""
+        load_weights(model, state["last"]["state_dict"], self.resume_path)
+        optimizer.load_state_dict(state["optimizer"])
         if self.writes and not self.path.exists():
-            saved = {name: value for name, value in self.state.items() if name != "optimizer"}
+            saved = {name: value for name, value in state.items() if name != "optimizer"}
             write_beside(self.path, lambda file: torch.save(saved, file))
-        epoch, self.state = self.state["last"]["epoch"], None
-        print(f"{self.path}: " + (f"goes on after epoch {epoch}" if epoch < self.config["epochs"] else "is finished"))
+        epoch = state["last"]["epoch"]
+        if epoch >= self.config["epochs"]:
+            print(f"{self.path}: is finished")
+        else:
+            print(f"{self.path}: goes on after epoch {epoch}")
         return epoch
 
-    def finish_epoch(self, model, optimizer, row, metric=None, method_state=None):
-        """Keep the best weights (highest `metric`; the last where it is None), save, log and print an epoch.
+    def print_flags(self):
+        """Two lines: what runs, and the flags that differ from the defaults."""
+        print(f"{self.path}: {self.script} on {self.config['dataset']}, {self.config['model']}, "
+              f"{self.precision}, {self.provenance['hardware']}")
+        first_line = ("ckpt", "resume", "overwrite", "precision", "dataset", "model")
+        changed = []
+        for name, value in self.config.items():
+            if name in first_line or value == self.defaults.get(name, value):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            changed.append(flag if value is True else f"{flag} {shown(value)}")
+        told = " ".join(changed) if changed else "all at their defaults"
+        print(f"flags: {told}", flush=True)
 
-        row: name -> number, with "epoch" counted from 1. run.resume.pt alone suffices to go on; it is written last.
+    def finish_epoch(self, model, optimizer, row, metric=None, method_state=None):
+        """Keep the best weights, save, log and print an epoch.
+
+        row: name -> number, with "epoch" counted from 1. metric: the epoch with the highest one is
+        the best; the last epoch is where it is None. run.resume.pt alone suffices to go on; it is
+        written last.
         """
         self.history.append(row)
-        state = {name: value.detach().cpu().clone() for name, value in model.net.state_dict().items()}
+        state = {name: value.detach().cpu().clone()
+                 for name, value in model.net.state_dict().items()}
         if not all(value.isfinite().all() for value in state.values()):
-            raise UsageError(f"weights are no longer finite after epoch {row['epoch']}: the run ends, what was saved "
-                             "before is kept (a lower --lr?)")
+            raise UsageError(f"weights are no longer finite after epoch {row['epoch']}: the run "
+                             "ends, what was saved before is kept (a lower --lr?)")
         last = dict(epoch=row["epoch"], state_dict=state)
         if metric is None or self.best is None or metric > self.best["metric"]:
             self.best = dict(last, metric=metric)
-        if not self.writes:
-            return
-        config, facts = self.config, DATASETS[self.config["dataset"]]
-        saved = dict(format=FORMAT, script=self.script, model=config["model"], dataset=config["dataset"],
-                     num_classes=facts["classes"], input_shape=facts["shape"], normalize=config["normalize"],
-                     args=config, provenance=self.provenance, history=self.history, method_state=method_state,
-                     wandb_id=self.wandb.id if self.wandb else self.wandb_id, best=self.best, last=last)
+        if self.writes:
+            self.save(last, method_state, optimizer)
+            self.log(row)
+            self.print_epoch(row)
+
+    def save(self, last, method_state, optimizer):
+        """Write run.pt, run.jsonl and run.resume.pt, in this order."""
+        config = self.config
+        facts = self.facts
+        saved = dict(
+            format=FORMAT, script=self.script, source=self.source, model=config["model"],
+            dataset=config["dataset"], num_classes=facts["classes"], input_shape=facts["shape"],
+            mean=facts["mean"], std=facts["std"], normalize=config["normalize"], args=config,
+            provenance=self.provenance, history=self.history, method_state=method_state,
+            wandb_id=self.wandb.id if self.wandb else self.wandb_id, best=self.best, last=last)
         write_beside(self.path, lambda file: torch.save(saved, file))
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_beside(self.log_path, lambda file: file.write(lines.encode()))
-        write_beside(self.resume_path, lambda file: torch.save(dict(saved, optimizer=optimizer.state_dict()), file))
+        everything = dict(saved, optimizer=optimizer.state_dict())
+        write_beside(self.resume_path, lambda file: torch.save(everything, file))
+        saved_files.append(self.path)
+
+    def keep_last(self, path):
+        """Copy run.pt to `path`, with the network after the last epoch as the best one.
+
+        Where run.pt is newer than what a resumed run goes on from, the copy was already made.
+        """
+        checkpoint = load_checkpoint(self.path)
+        epoch = self.history[-1]["epoch"]
+        if self.writes and checkpoint["last"]["epoch"] == epoch:
+            metric = self.history[-1].get("val/robust")
+            checkpoint["best"] = dict(checkpoint["last"], metric=metric)
+            write_beside(path, lambda file: torch.save(checkpoint, file))
+
+    def log(self, row):
+        """Send an epoch to W&B; what fails there does not stop the run."""
+        if not self.wandb:
+            return
         try:
-            if self.wandb:
-                self.wandb.log(row)
+            self.wandb.log(row)
         except Exception as error:
             print(f"W&B failed, logging to local files only: {error}")
             self.wandb = None
-        print_row(row, config["epochs"], header=row["epoch"] % 10 == 1 or list(row) != self.columns)
-        self.columns = list(row)
+
+    def print_epoch(self, row):
+        """One aligned line: accuracies in %, and the minutes that are left."""
+        epochs = self.config["epochs"]
+        done = row["epoch"] - self.first
+        left = (epochs - row["epoch"]) * (time.monotonic() - self.began) / done / 60
+        cells = epoch_cells(row, epochs)
+        cells["left"] = f"{left:.0f} min"
+        widths = {name: max(8, len(name)) for name in cells}
+        if row["epoch"] % 10 == 1 or list(cells) != self.columns:
+            print(" ".join(f"{name:>{widths[name]}}" for name in cells))
+        print(" ".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()), flush=True)
+        self.columns = list(cells)
 
     def close(self):
-        """End the W&B run and release the path."""
+        """End the W&B run, release the path, and say how to evaluate the run."""
+        best = self.best["epoch"]
         if self.wandb:
-            self.wandb.finish()
-        if self.lock:
-            self.lock.close()
-        print(f"{self.path}: the best epoch is {self.best['epoch']}; python evaluate.py --ckpt {self.path}")
+            values = {f"best/{name}": value for name, value in self.history[best - 1].items()}
+            try:
+                self.wandb.summary.update(values)
+                self.wandb.finish()
+            except Exception as error:
+                print(f"W&B failed: {error}")
+        if self.writes:
+            self.unlock()
+        command = ["python", "evaluate.py", "--ckpt", str(self.path)]
+        if ".py:" in self.config["model"]:
+            command += ["--model", self.config["model"]]
+        if self.config["data_dir"] != "data":
+            command += ["--data-dir", str(self.config["data_dir"])]
+        print(f"{self.path}: the best epoch is {best}; {shlex.join(command)}")
 
 
-def print_row(row, epochs, header):
-    """One aligned line for an epoch, below a header, where asked for, of what follows the slash in each name."""
-    names = [name.split("/")[-1] for name in row]
-    cells = [f"{value}/{epochs}" if name == "epoch" else f"{value:.4g}" for name, value in row.items()]
-    for line in (names, cells) if header else (cells,):
-        print(" ".join(f"{cell:>{max(8, len(name))}}" for name, cell in zip(names, line)), flush=True)
+def epoch_cells(row, epochs, columns=91):
+    """What the terminal shows of an epoch's row: column -> text, at most so many columns wide.
+
+    Accuracies, val/..., are in %. Of the other groups only the training terms are shown, the first
+    of them where there is no room for all. Everything is in run.jsonl and in W&B.
+    """
+    cells = {}
+    terms = []
+    for name, value in row.items():
+        group, _, short = name.rpartition("/")
+        if name == "epoch":
+            cells[name] = f"{value}/{epochs}"
+        elif name == "eps":
+            cells[name] = shown(value)
+        elif group == "val":
+            cells[f"{short} %"] = f"{100 * value:.1f}"
+        elif group in ("", "train"):
+            cells[short] = f"{value:.4g}"
+            if group == "train":
+                terms.append(short)
+    while len(terms) > 1 and sum(max(8, len(name)) + 1 for name in cells) > columns:
+        del cells[terms.pop()]
+    return cells
 
 
 def wandb_run(config, script, path, run_id=None):
-    """A W&B run, or None; it never asks and never stops a run: what fails costs one line and continues offline."""
+    """A W&B run, or None. It never asks and never stops a run.
+
+    What fails costs one line and continues offline. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and
+    WANDB_DIR of the environment win.
+    """
     mode = os.environ.get("WANDB_MODE") or config["wandb"]
     if mode == "disabled":
         return None
@@ -1064,20 +1920,36 @@ def wandb_run(config, script, path, run_id=None):
         print(f"wandb is not installed, logging to local files only ({error})")
         return None
     if mode in ("auto", "online"):
-        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        try:
-            key = os.environ.get("WANDB_API_KEY") or netrc(os.environ.get("NETRC")).authenticators(host)
-        except (OSError, NetrcParseError):
-            key = None
-        if mode == "online" and not key:
+        has_key = wandb_key_is_configured()
+        if mode == "online" and not has_key:
             print("W&B: no key is configured (wandb login), logging offline")
-        mode = "online" if key else "offline"
+        mode = "online" if has_key else "offline"
+    folder = os.environ.get("WANDB_DIR") or path.parent
+    project = os.environ.get("WANDB_PROJECT") or "cleanat"
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
-            run = wandb.init(project="cleanat", name=f"{script}-{path.stem}", config=config, id=run_id, resume="allow",
-                             mode=attempt, dir=path.parent, settings=wandb.Settings(silent=True, init_timeout=20))
+            settings = wandb.Settings(silent=True, init_timeout=20)
+            run = wandb.init(project=project, name=f"{script}-{path.stem}", config=config,
+                             id=run_id, resume="allow", mode=attempt, dir=folder,
+                             settings=settings)
             run.define_metric("epoch")
             run.define_metric("*", step_metric="epoch")
+            where = getattr(run, "url", None) or f"{folder}/wandb, offline"
+            print(f"W&B: {where}")
             return run
         except Exception as error:
-            print(f"W&B {attempt} failed: {(str(error) or type(error).__name__).splitlines()[0]}")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"W&B {attempt} failed: {reason}")
+    return None
+
+
+def wandb_key_is_configured():
+    """Whether WANDB_API_KEY or ~/.netrc has a key, as `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        found = netrc(os.environ.get("NETRC")).authenticators(urlparse(address).hostname)
+    except (OSError, NetrcParseError):
+        return False
+    return bool(found)

@@ -1,16 +1,16 @@
 """DRA: adversarial fine-tuning with a dynamically regulated adversary.
 
-Adversarial Fine-tune with Dynamically Regulated Adversary, 2022. As robust as possible at no loss of clean accuracy
-(eq. 7): a network trained on clean images is fine-tuned on clean and adversarial batches in turn; the adversary follows
-the gradient itself, not its sign, and changes the most salient values only (algorithm 1).
-    min over theta of  E max CE(x + delta, y)   such that   E CE(x, y; theta) <= E CE(x, y; theta_std)
+Adversarial Fine-tune with Dynamically Regulated Adversary, 2022. As robust as possible at no loss
+of clean accuracy (eq. 7): a network that was trained on clean images is fine-tuned on clean and on
+adversarial batches in turn. The adversary follows the gradient itself, not its sign, and changes
+the most salient values only (algorithm 1).
+    min over theta of  E max CE(x + delta, y)   such that   E CE(x; theta) <= E CE(x; theta_std)
 
-    python dra_finetune.py                                  # CIFAR-10, ResNet-50: both phases
-    python dra_finetune.py --init vanilla.pt                # the second phase, from a network of --strategy vanilla
-    python dra_finetune.py --dataset digits                 # bundled real digits: no download, a minute on a CPU
+    python dra_finetune.py                        # CIFAR-10, ResNet-50: both phases
+    python dra_finetune.py --init vanilla.pt      # the second phase, from a --method vanilla
+    python dra_finetune.py --dataset digits       # bundled real digits, a minute on a CPU
 
-Measured (README.md) on MNIST, 10 epochs instead of 50: clean accuracy is kept, 99.3 %, but PGD-20 leaves 85.7 % at eps
-0.1 and 1.9 % at 0.3, where the paper has 98.0 and 95.9; on CIFAR-10 with 2,000 images alone.
+Measured: see results/.
 """
 
 import argparse
@@ -23,222 +23,356 @@ import torch
 
 import common
 
-# The paper's settings (section V.A). Of the first phase, learning rates and validation images the paper prints nothing:
-# ours. eps, of DRA the mean change per value, falls to eps_end over the epochs but the last clean_epochs; p is the
-# share of values that DRA changes; 1/lambda is one of tables II and III (table I: 1 and 6; table V: not printed).
-CIFAR10 = dict(model="resnet50", normalize="none", epochs=60, batch_size=128, lr=0.01, weight_decay=2e-4, momentum=0.9,
-               val=5000, eps=2 / 255, p=1 / 3, attack_steps=5, pretrain_epochs=100, pretrain_lr=0.1, lam=0.05,
-               dual_lr=0.1)
-MNIST = dict(CIFAR10, model="lenet+", epochs=50, eps=0.1, p=2 / 3, attack_steps=20, pretrain_epochs=20,
-             pretrain_lr=0.05, lam=0.1)
-DIGITS = dict(MNIST, epochs=8, batch_size=32, val=237, eps=0.05, attack_steps=10, pretrain_epochs=8)
+# The paper's settings (section V.A). Of the first phase, of learning rates and of validation
+# images the paper prints nothing: ours. A dictionary has a value per method.
+# eps: of the training adversary, with --adversary pgd eps_if_pgd instead. Of DRA it is the mean
+# change per value; of PGD from scratch table I's. Either falls to eps_end_share of itself. The last
+# clean_share of the epochs is clean. pgd_ratio: at this multiple of DRA's eps a vanilla network
+# keeps the same accuracy under PGD (section V.C); validation uses it. p: the share of values that
+# DRA changes. lam: 1/lambda of TRADES, one of tables II and III (table I: 1 and 6; V: not printed).
+CIFAR10 = dict(
+    model="resnet50", normalize="none", augment="crop-flip", batch_size=128, weight_decay=2e-4,
+    momentum=0.9, val=5000, epochs={"finetune": 60, "dual": 60, "else": 100},
+    lr={"finetune": 0.01, "dual": 0.01, "else": 0.1}, pretrain_epochs=100, pretrain_lr=0.1,
+    has_first_phase={"finetune": True, "dual": True, "else": False},
+    adversary={"madry": "pgd", "trades": "pgd", "else": "dra"}, attack_steps=5,
+    eps=2 / 255, p=1 / 3, pgd_ratio=2.55,
+    eps_if_pgd={"finetune": 2.55 * 2 / 255, "dual": 2.55 * 2 / 255, "else": 8 / 255},
+    eps_end_share={"finetune": 1 / 4, "dual": 1 / 4, "else": 1},
+    clean_share={"finetune": 1 / 6, "else": 0}, lam=0.05, dual_lr=0.1)
+MNIST = dict(
+    CIFAR10, model="lenet+", augment="crop", epochs={"finetune": 50, "dual": 50, "else": 20},
+    lr={"finetune": 0.01, "dual": 0.01, "else": 0.05}, pretrain_epochs=20, pretrain_lr=0.05,
+    attack_steps=20, eps=0.1, p=2 / 3, pgd_ratio=3.0,
+    eps_if_pgd={"finetune": 3.0 * 0.1, "dual": 3.0 * 0.1, "else": 0.3}, eps_end_share=1,
+    clean_share=0, lam=0.1)
+DIGITS = dict(
+    MNIST, augment="none", batch_size=32, epochs=8, pretrain_epochs=8, attack_steps=10, eps=0.05,
+    pgd_ratio=2.0, eps_if_pgd={"finetune": 2.0 * 0.05, "dual": 2.0 * 0.05, "else": 0.1})
 PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS}
-PGD_EPS = {"cifar10": 8 / 255, "mnist": 0.3, "digits": 0.1}  # of table I, for training from scratch; digits: ours
-FALLS = {"cifar10": (1 / 4, 1 / 6), "mnist": (1, 0), "digits": (1, 0)}  # eps at the end, share of clean epochs
-PGD_RATIO = {"cifar10": 2.55, "mnist": 3.0, "digits": 2.0}  # PGD's eps for DRA's: section V.C (V.B: 2-2.5); else ours
-STRATEGIES = {"finetune": "clean and adversarial updates in turn after a first phase on clean images",
-              "madry": "adversarial images alone, from scratch", "trades": "TRADES, from scratch",
-              "vanilla": "clean images alone: the first phase"}
-ATTACKED = ("finetune", "madry", "trades")
-USES = {"adversary": ATTACKED, "p": ATTACKED, "eps_end": ATTACKED, "attack_steps": ATTACKED, "clean_epochs": ATTACKED,
-        "pretrain_epochs": ("finetune",), "pretrain_lr": ("finetune",), "lam": ("trades",)}  # flag -> who reads it
+
+# Added to the second phase's epochs in the random seeds: it repeats no order or crop of the first.
+SECOND_PHASE = 10_000
 
 # Differences from the paper
-# - A step is alpha g / mean |g|, not alpha g / sum |g|: divided by the sum, eps 1/255 or 2/255 changes nothing.
-# - The last gradient ranks the values, by its magnitude; printed are the pixel values against a signed threshold, and
-#   the algorithm's indices ask for one more gradient. The result is clipped to [0, 1].
-# - The attacked network is the one in training, as figure 2 and table V need it, after the clean update of the same
-#   batch; algorithm 1's input says the clean-data network.
-# - MNIST: random crops without flips, which make no sense for digits.
-# - Table I's MART is not here. Tables V and VI: --eps 1/255; whether it fell there is not printed.
-# - lr falls as a cosine within each phase; PGD as an adversary steps by 2.5 eps / steps from a random start.
-# - --constraint dual solves eqs. 8 and 9 as printed, by ascent on lambda against the first phase's loss on the training
-#   images, cropped as in training and with BatchNorm in its mode; eps falls, and no epoch is clean. The paper's own
-#   training replaces them by the alternation.
+# - A step is alpha g / mean |g|, not alpha g / sum |g|: divided by the sum, eps 1/255 or 2/255
+#   changes nothing. eps is so at most the mean change per value, before the filter and the clip.
+# - The last gradient ranks the values, by its magnitude. Printed are the pixel values against a
+#   signed threshold, and the algorithm's indices ask for one more gradient. The result is clipped
+#   to [0, 1].
+# - The attacked network is the one in training, as figure 2 and table V need it, after the clean
+#   update of the same batch. Algorithm 1's input says the clean-data network.
+# - MNIST: LeNet+; TRADES's networks have 20-50-500 channels unpadded, or 10-20-50 with dropout.
+#   Random crops without flips, which make no sense for digits.
+# - Table I's MART is not here. Tables V and VI: --eps 1/255, and --adversary pgd --eps 2.55/255
+#   for table V's PGD rows; whether eps fell there is not printed.
+# - lr falls as a cosine within each phase. PGD as an adversary steps by 2.5 eps / steps from a
+#   random start.
+# - --method dual solves eqs. 8 and 9 as printed, by ascent on lambda against the first phase's
+#   loss on the training images, augmented as in training and with BatchNorm in its mode; eps
+#   falls, and no epoch is clean. The paper's own training replaces them by the alternation.
+#   lambda starts at 1 and moves by dual_lr 0.1 a step: ours.
 # - The last epoch is kept, not the best on validation: the last epochs repair clean accuracy.
-# - TRADES starts from x plus a Gaussian of deviation 0.001, as its own authors' does, with DRA as the adversary, too.
-# - The strategies from scratch keep eps, and train with PGD unless told otherwise, as in tables I to III; that of the
-#   TRADES rows of tables II and III is not printed, table I's is ours.
+# - Attacks see BatchNorm in eval mode (--attack-mode train: the other). bfloat16 where the hardware
+#   has it, also for validation.
+# - TRADES starts from x plus a Gaussian of deviation 0.001, as its own authors' does, with DRA as
+#   the adversary, too.
+# - The methods from scratch keep eps, and train with PGD unless told otherwise, as in tables I to
+#   III. That of the TRADES rows of tables II and III is not printed, table I's is ours.
 
 
-def parse(argv=None):
-    """The resolved flags; argv as in argparse."""
+# ---------------------------------------------------------------------------------- the adversary
+# x: images (N, C, H, W), y: labels (N,). mode: of BatchNorm and dropout while an attack runs.
+
+def dra_attack(model, x, target, eps, steps, p, loss=common.cross_entropy, start=None,
+               mode="eval"):
+    """The dynamically regulated adversary, algorithm 1.
+
+    eps: at most the mean change per value before the filter, a number or (N,). p: the share of
+    values that it may change. target: what `loss` compares logits with. start: function (x, eps) ->
+    x_0, x itself by default. No projection; a gradient of zero moves nothing.
+    """
+    x = x.detach()
+    x_t = x if start is None else start(x, eps)
+    alpha = common.per_image(eps, x) / steps
+    with common.model_mode(model, mode):
+        for _ in range(steps):
+            g, _ = common.input_gradient(model, x_t, target, loss)
+            # x_{t+1} = x_t + alpha g / mean|g|
+            x_t = x_t + alpha * g / g.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    # The filter: all but the share p of values with the largest |g| get back what they were.
+    return torch.where(most_salient(g, p), x_t, x).clamp(0, 1)
+
+
+def most_salient(g, p):
+    """Where the share p of an image's values with the largest |g| are, bool, as g (N, C, H, W)."""
+    size = g.abs().flatten(1)
+    kept = torch.zeros_like(size, dtype=torch.bool)
+    kept.scatter_(1, size.topk(round(p * size.shape[1]), dim=1).indices, True)
+    return kept.view_as(g)
+
+
+def attack(model, x, target, eps, adversary, attack_steps, p, loss=common.cross_entropy,
+           start=None, mode="eval"):
+    """The adversarial images of the present network: by DRA, or by PGD in the eps-ball."""
+    if adversary == "dra":
+        return dra_attack(model, x, target, eps, attack_steps, p, loss, start, mode)
+    step = 2.5 * eps / attack_steps
+    return common.pgd(model, x, target, eps, step, attack_steps,
+                      start=start or common.uniform_start, loss=loss, mode=mode)
+
+
+# ------------------------------------------------------------------------------------- the losses
+# Each returns named scalars; "loss" is the one to minimise.
+
+def clean_loss(model, x, y):
+    """CE(x): the first phase, and the first update of each batch of the second (section IV.A)."""
+    ce = common.cross_entropy(model(x), y).mean()
+    return dict(loss=ce, ce_clean=ce)
+
+
+def adversarial_loss(model, x, y, eps, adversary, attack_steps, p, mode="eval"):
+    """CE(x'): the second update of each batch (section IV.A), and Madry's training."""
+    x_adv = attack(model, x, y, eps, adversary, attack_steps, p, mode=mode)
+    ce_adv = common.cross_entropy(model(x_adv), y).mean()
+    return dict(loss=ce_adv, ce_adv=ce_adv)
+
+
+def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, dual_lr,
+              mode="eval"):
+    """Eqs. 8 and 9: one update on both losses. multiplier: lambda, a scalar tensor.
+
+    ce_std: E CE(x; theta_std), the first phase's loss. "next_multiplier" is lambda after eq. 9.
+    """
+    # Eq. 8:  E CE(x') + lambda E [CE(x; theta) - CE(x; theta_std)]
+    x_adv = attack(model, x, y, eps, adversary, attack_steps, p, mode=mode)
+    ce_adv = common.cross_entropy(model(x_adv), y).mean()
+    ce_clean = common.cross_entropy(model(x), y).mean()
+    excess = ce_clean - ce_std
+    # Eq. 9:  lambda <- max(0, lambda + dual_lr * excess)
+    next_multiplier = (multiplier + dual_lr * excess.detach()).clamp(min=0)
+    return dict(loss=ce_adv + multiplier * excess, ce_clean=ce_clean, ce_adv=ce_adv,
+                multiplier=multiplier, next_multiplier=next_multiplier)
+
+
+def trades_loss(model, x, y, eps, lam, adversary, attack_steps, p, mode="eval"):
+    """TRADES: CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL. lam: 1/lambda."""
+    logits = model(x)
+    with torch.no_grad(), common.model_mode(model, mode):
+        reference = model(x)
+    x_adv = attack(model, x, reference, eps, adversary, attack_steps, p, loss=common.kl,
+                   start=common.gaussian_start, mode=mode)
+    ce_clean = common.cross_entropy(logits, y).mean()
+    kl = common.kl(model(x_adv), logits).mean()
+    return dict(loss=ce_clean + lam * kl, ce_clean=ce_clean, kl=kl)
+
+
+# -------------------------------------------------------------------------------- flags and loop
+
+def settings(flags, facts):
+    """The defaults for the data set, the method, the adversary and the eps of the command line."""
+    table = common.table_settings(PAPER, flags, facts)
+    ratio = table.pop("pgd_ratio")
+    eps_if_pgd = table.pop("eps_if_pgd")
+    if (flags.adversary or table["adversary"]) == "pgd":
+        table["eps"] = eps_if_pgd
+        ratio = 1
+    eps = flags.eps or table["eps"]
+    table["eps_end"] = table.pop("eps_end_share") * eps
+    table["pgd_eps"] = ratio * eps if flags.normalized_eps else min(1.0, ratio * eps)
+    epochs = flags.epochs or table["epochs"]
+    table["clean_epochs"] = round(table.pop("clean_share") * epochs)
+    return table
+
+
+def parse(losses, argv=None):
+    """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
-    common.shared_flags(parser, PAPER)
-    flag = parser.add_argument
-    flag("--strategy", choices=list(STRATEGIES), default="finetune",
-         help="; ".join(f"{name}: {what}" for name, what in STRATEGIES.items()) + " (%(default)s)")
-    flag("--adversary", choices=["dra", "pgd"], help="of training (dra; for madry and trades pgd)")
-    flag("--constraint", choices=["none", "dual"], default="none", help="dual: one update on the adversarial loss plus "
-         "lambda times the excess of the clean loss, eqs. 8 and 9 (%(default)s)")
-    flag("--p", type=common.number(0, 1), help="share of the values that DRA changes (the paper's)")
-    flag("--eps-end", type=common.number(0, 1), help="where eps has fallen to (the paper's)")
-    flag("--pgd-eps", type=common.unit, help="radius of validation's PGD (that of --adversary pgd; for dra eps "
-         "times the ratio at which a vanilla network falls to both alike)")
-    flag("--normalized-eps", action="store_true", help="eps, eps-end and pgd-eps are in units of images divided by the "
-         "data set's deviation")
-    flag("--attack-steps", type=common.count, help="steps of the adversary (the paper's)")
-    flag("--clean-epochs", type=common.natural, help="last epochs, on clean images only (the paper's)")
-    flag("--pretrain-epochs", type=common.count, help="epochs of the first phase (ours)")
-    flag("--pretrain-lr", type=common.number(0, above=True), help="initial learning rate of the first phase (ours)")
-    flag("--lam", type=common.number(0), help="1/lambda of TRADES (the paper's)")
-    flag("--dual-lr", type=common.number(0), help="step of the ascent on lambda (ours)")
-    args = parser.parse_args(argv)
-    common.refuse_unused(args, "strategy", USES)
-    args.adversary = args.adversary or ("pgd" if args.strategy in ("madry", "trades") else "dra")
-    common.refuse_unused(args, "adversary", {"p": ("dra",)})
-    common.refuse_unused(args, "constraint", {"dual_lr": ("dual",), "clean_epochs": ("none",)})
-    if args.init and (args.pretrain_epochs, args.pretrain_lr) != (None, None):
-        raise common.UsageError("--init takes the place of the first phase: it leaves --pretrain-epochs and "
-                                "--pretrain-lr no use")
-    paper, ratio, scratch = PAPER[args.dataset], PGD_RATIO[args.dataset], args.strategy != "finetune"
-    end, clean = (1, 0) if scratch else FALLS[args.dataset]
-    if scratch:  # the first phase's settings
-        paper = dict(paper, epochs=paper["pretrain_epochs"], lr=paper["pretrain_lr"])
-    if args.adversary == "pgd":
-        paper, ratio = dict(paper, eps=PGD_EPS[args.dataset] if scratch else ratio * paper["eps"]), 1
-    if args.constraint == "dual":
-        clean = 0
-    common.resolve(args, paper)
-    common.resolve(args, dict(eps_end=end * args.eps, clean_epochs=round(clean * args.epochs),
-                              pgd_eps=min(1.0, ratio * args.eps)))
+    common.shared_flags(parser, dataset="cifar10")
+    flag = parser.add_argument_group("method").add_argument
+    flag("--method", "--strategy", choices=losses, default="finetune", help="finetune: clean and "
+         "adversarial updates in turn, after a first phase on clean images; dual: one update on "
+         "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, both from scratch; "
+         "vanilla: clean images alone, the first phase (%(default)s)")
+    flag("--adversary", choices=["dra", "pgd"], help="of training (%(default)s)")
+    flag("--p", type=common.number(0, 1), help="share of the values that DRA changes (%(default)s)")
+    flag("--eps-end", type=common.number(0, 1), help="where eps has fallen to after the last "
+         "adversarial epoch, in [0, 1] units (%(default)s)")
+    flag("--pgd-eps", type=common.unit, help="radius of validation's PGD, in [0, 1] units; of DRA "
+         "the multiple of eps at which a vanilla network keeps as much (%(default)s)")
+    flag("--normalized-eps", action="store_true", help="eps, eps-end and pgd-eps are in units of "
+         "images divided by the data set's deviation")
+    flag("--attack-steps", type=common.count, help="steps of the adversary (%(default)s)")
+    flag("--clean-epochs", type=common.natural, help="last epochs, on clean images only "
+         "(%(default)s)")
+    flag("--pretrain-epochs", type=common.count, help="epochs of the first phase (%(default)s)")
+    flag("--pretrain-lr", type=common.number(0, above=True), help="learning rate of the first "
+         "phase, its highest (%(default)s)")
+    flag("--lam", type=common.number(0), help="1/lambda of TRADES (%(default)s)")
+    flag("--dual-lr", type=common.number(0), help="dual: step of the ascent on lambda "
+         "(%(default)s)")
+    args, facts, defaults = common.parse_flags(parser, argv, settings, losses,
+                                               always=("eps", "epochs"))
+    given = common.given_flags(parser, argv).keys()
+    if given & {"pretrain_epochs", "pretrain_lr"} and (args.init or not args.has_first_phase):
+        raise common.UsageError("--pretrain-epochs and --pretrain-lr are for a first phase: not "
+                                f"for --init, nor for --method {args.method}")
+    if "p" in given and args.adversary == "pgd":
+        raise common.UsageError("--adversary pgd has no use for --p: that is for dra")
     if args.eps_end > args.eps:
-        raise common.UsageError(f"--eps-end {args.eps_end:g}: eps falls to it from {args.eps:g}")
-    if args.constraint == "dual" and args.strategy != "finetune":
-        raise common.UsageError("--constraint dual belongs to --strategy finetune")
+        raise common.UsageError(f"--eps-end {common.shown(args.eps_end)}: eps falls to it from "
+                                f"{common.shown(args.eps)}")
     if args.clean_epochs >= args.epochs:
-        raise common.UsageError(f"--clean-epochs {args.clean_epochs} leaves none of {args.epochs} epochs")
-    return args
+        raise common.UsageError(f"--clean-epochs {args.clean_epochs} leaves none of {args.epochs} "
+                                "epochs")
+    return args, facts, defaults
 
 
-def eps_at(epoch, args):
-    """The adversary's eps in an epoch, from 0, in [0, 1] units: linear from eps to eps_end, then 0 (section V.A)."""
-    if args.strategy == "vanilla":
-        return 0.0
-    adversarial = args.epochs - args.clean_epochs
-    scale = common.pixel_scale(args.dataset) if args.normalized_eps else 1.0
-    fall = (args.eps - args.eps_end) * epoch / max(1, adversarial - 1)
-    return scale * (args.eps - fall) if epoch < adversarial else 0.0
+def eps_at(epoch, epochs, eps, eps_end):
+    """The adversary's eps in an epoch, from 0: linear from eps to eps_end (section V.A)."""
+    return eps - (eps - eps_end) * epoch / max(1, epochs - 1)
 
 
-def adversary(model, x, target, eps, args, loss=common.cross_entropy, start=None):
-    """The adversarial batch of the present network: DRA (algorithm 1), or PGD in the ball of radius eps."""
-    options = dict(loss=loss, mode=args.attack_mode)
-    if args.adversary == "dra":
-        return common.dra(model, x, target, eps, args.attack_steps, args.p, start=start, **options)
-    start, step = start or common.uniform_start, 2.5 * eps / args.attack_steps
-    return common.pgd(model, x, target, eps, step, args.attack_steps, start, **options)
+def learning_rate(args, epoch, step_share):
+    """The rate at an epoch, from 0, of whose steps the share `step_share` is done."""
+    if args.schedule == "onecycle":  # one cycle per phase
+        return args.lr * common.one_cycle((epoch + step_share) / args.epochs)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
 
 
-def losses(model, x, y, eps, dual, args):
-    """Yields, as named scalars, the losses whose "loss" one update after the other is to minimise, on x (N, C, H, W),
-    y (N,); each is computed on the network that the update before has left. dual: {"lam", "std"} of eqs. 8 and 9."""
-    if args.strategy == "vanilla" or eps == 0 and args.constraint == "none":
-        yield dict(loss=common.cross_entropy(model(x), y).mean())
-
-    elif args.strategy == "madry":  # min CE(x'), x' = x + delta
-        yield dict(loss=common.cross_entropy(model(adversary(model, x, y, eps, args)), y).mean())
-
-    elif args.strategy == "trades":  # min CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL
-        logits = model(x)
-        with torch.no_grad(), common.model_mode(model, args.attack_mode):
-            reference = model(x)
-        x_adv = adversary(model, x, reference, eps, args, loss=common.kl, start=common.gaussian_start)
-        ce, kl = common.cross_entropy(logits, y).mean(), common.kl(model(x_adv), logits).mean()
-        yield dict(loss=ce + args.lam * kl, ce_clean=ce, kl=kl)
-
-    elif args.constraint == "dual":  # eq. 8:  E CE(x') + lambda E [CE(x; theta) - CE(x; theta_std)]
-        x_adv = adversary(model, x, y, eps, args)
-        ce_adv, ce = common.cross_entropy(model(x_adv), y).mean(), common.cross_entropy(model(x), y).mean()
-        excess = ce - dual["std"]
-        yield dict(loss=ce_adv + dual["lam"] * excess, ce_clean=ce, ce_adv=ce_adv, lam=dual["lam"])
-        dual["lam"] = (dual["lam"] + args.dual_lr * excess.detach()).clamp(min=0)  # eq. 9
-
-    else:  # section IV.A: an update on the clean batch, then one on its adversarial batch
-        ce = common.cross_entropy(model(x), y).mean()
-        yield dict(loss=ce)
-        ce_adv = common.cross_entropy(model(adversary(model, x, y, eps, args)), y).mean()
-        yield dict(loss=ce_adv, ce_clean=ce, ce_adv=ce_adv)
-
-
-def clean_loss(model, batches):
-    """Mean cross-entropy of an epoch's batches, BatchNorm as in training: E CE(x, y; theta_std) of eq. 7."""
-    model, total, n = copy.deepcopy(model).train(), 0.0, 0  # a copy: its running statistics move
+def mean_clean_loss(model, batches):
+    """Mean cross-entropy of an epoch's batches, BatchNorm as in training: E CE(x; theta_std)."""
+    model = copy.deepcopy(model).train()  # a copy: its running statistics move
+    total = 0.0
+    images = 0
     with torch.no_grad():
         for x, y, _ in batches:
-            total, n = total + common.cross_entropy(model(x), y).sum().item(), n + len(y)
-    return total / n
+            total += common.cross_entropy(model(x), y).sum().item()
+            images += len(y)
+    return total / images
 
 
-def after_first_phase(args, model, train, val, augment):
-    """What the second phase is measured against: {"lam", "std"} of eqs. 8 and 9, validation accuracy before it."""
-    first_epoch = common.train_batches(train, args.batch_size, args.seed, 0, augment)
-    std = clean_loss(model, first_epoch) if args.constraint == "dual" else 0.0
-    return dict(lam=torch.tensor(1.0), std=std, before=common.accuracy(model, val) if args.val else 0.0)
+def state_at_start(args, model, train, val, second):
+    """What the phase goes by: lambda's first value and, in the second one, what it starts from.
+
+    std: E CE(x; theta_std) of eq. 7, where it is needed. before: accuracy on validation images.
+    """
+    state = dict(multiplier=torch.tensor(1.0), std=0.0, before=0.0)
+    if args.method == "dual":
+        batches = common.train_batches(train, args.batch_size, args.seed, 0, args.augment)
+        state["std"] = mean_clean_loss(model, batches)
+    if second and args.val:
+        state["before"] = common.accuracy(model, val)
+    return state
 
 
-def train_phase(args, model, train, val, device, precision):
-    """One phase, from the network as it is to the end of its epochs; --resume goes on within it."""
-    run = common.Run("dra_finetune", dict(vars(args), precision=precision), device)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
-    first = run.restore(model, optimizer)
-    augment = common.DATASETS[args.dataset]["augment"] or ("crop" if args.dataset == "mnist" else "")
-    with common.autocast(device, precision):
-        state = run.method_state or after_first_phase(args, model, train, val, augment)
-    dual = dict(lam=state["lam"].to(device), std=state["std"])
-    offset = 10000 if args.strategy == "finetune" else 0  # no phase repeats the other's order and crops
-    radius = args.pgd_eps * (common.pixel_scale(args.dataset) if args.normalized_eps else 1)
+def train_phase(run, args, updates, model, train, val, radius, second):
+    """One phase, from the present weights, or those of --init or of an interrupted run.
+
+    updates: the losses of each batch's updates, in order: functions of (x, y, epoch, state) ->
+    terms. radius: of validation's PGD, in [0, 1] units. second: whether a phase went before.
+    """
+    device = train.labels.device
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay, fused=True)
+    first = run.start(model, optimizer)
+    with common.autocast(device, run.precision):
+        state = run.method_state or state_at_start(args, model, train, val, second)
+    state["multiplier"] = state["multiplier"].to(device)
+    steps = common.steps_per_epoch(len(train.labels), args.batch_size)
+    offset = SECOND_PHASE if second else 0
     for epoch in range(first, args.epochs):
-        started, meter, eps = time.perf_counter(), common.Meter(epoch), eps_at(epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+        started = time.perf_counter()
+        meter = common.Meter(epoch)
         model.train()
-        for x, y, _ in common.train_batches(train, args.batch_size, args.seed, offset + epoch, augment):
-            updates = losses(model, x, y, eps, dual, args)
-            while True:
-                with common.autocast(device, precision):  # anew for each update: it keeps copies of the weights
-                    terms = next(updates, None)
-                if terms is None:
-                    break
-                optimizer.zero_grad()
-                terms["loss"].backward()
-                optimizer.step()
-                last = terms
-            meter.add(len(x), last)
+        clean = epoch >= args.epochs - args.clean_epochs
+        updates_now = updates[:1] if clean else updates
+        batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment,
+                                       offset)
+        for step, (x, y, _) in enumerate(batches):
+            lr = learning_rate(args, epoch, (step + 0.5) / steps)
+            common.set_lr(optimizer, lr)
+            terms = {}
+            for loss in updates_now:
+                with common.autocast(device, run.precision):  # anew: it keeps copies of weights
+                    terms |= loss(x, y, epoch, state)
+                common.update(optimizer, terms["loss"], len(x))
+            state["multiplier"] = terms.pop("next_multiplier", state["multiplier"])
+            meter.add(len(x), terms)
 
-        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "eps": 255 * eps}
+        row = {"epoch": epoch + 1, "lr": lr}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
+        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
         if args.val:
-            def attack(x, y):
-                return common.pgd(model, x, y, radius, radius / 4, 10)
             common.seed_stream(args.seed, "validation", offset + epoch)
-            with common.autocast(device, precision):
-                clean, robust = (common.accuracy(model, val, attack=a) for a in (None, attack))
-            lost = {"val/lost": state["before"] - clean} if args.strategy == "finetune" else {}
-            row |= {"val/clean": clean, **lost, "val/robust": robust}
-        run.finish_epoch(model, optimizer, row, method_state=dict(state, lam=dual["lam"].detach().cpu()))
+            with common.autocast(device, run.precision):
+                row |= validate(model, val, radius)
+        if args.val and second:
+            row["val/lost"] = state["before"] - row["val/clean"]
+        kept = dict(state, multiplier=state["multiplier"].cpu())
+        run.finish_epoch(model, optimizer, row, method_state=kept)
     run.close()
-    if args.val and args.strategy == "finetune":
-        clean = run.history[-1]["val/clean"]
-        print(f"clean accuracy on held-out images: {100 * state['before']:.2f} % before, {100 * clean:.2f} % after")
+
+
+def validate(model, val, radius):
+    """Accuracy on clean images and under PGD-10 with steps of a quarter of the radius."""
+    def attack(x, y):
+        return common.pgd(model, x, y, radius, radius / 4, 10)
+    return {"val/clean": common.accuracy(model, val),
+            "val/robust": common.accuracy(model, val, attack=attack)}
 
 
 def main():
-    args = parse()
+    # One line per method. A flag that only other methods' lines read is refused. The lines run
+    # later: args, model and the like are set below.
+    # Each has the losses of its updates of a batch, in order; clean epochs make the first alone.
+    losses = {
+        "finetune": [
+            lambda x, y, epoch, state: clean_loss(model, x, y),
+            lambda x, y, epoch, state: adversarial_loss(
+                model, x, y,
+                scale * eps_at(epoch, args.epochs - args.clean_epochs, args.eps, args.eps_end),
+                args.adversary, args.attack_steps, args.p, args.attack_mode)],
+        "dual": [lambda x, y, epoch, state: dual_loss(
+            model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end),
+            args.adversary, args.attack_steps, args.p, state["multiplier"], state["std"],
+            args.dual_lr, args.attack_mode)],
+        "madry": [lambda x, y, epoch, state: adversarial_loss(
+            model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end),
+            args.adversary, args.attack_steps, args.p, args.attack_mode)],
+        "trades": [lambda x, y, epoch, state: trades_loss(
+            model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end), args.lam,
+            args.adversary, args.attack_steps, args.p, args.attack_mode)],
+        "vanilla": [lambda x, y, epoch, state: clean_loss(model, x, y)],
+    }
+    args, facts, defaults = parse(losses)
     device, precision = common.set_up(args.device, args.precision)
-    args.ckpt = args.ckpt or common.default_path("dra_finetune", args.dataset)
-    lock = common.claim(args.ckpt, args.resume, args.overwrite)
-    train, val = common.load_train(args.dataset, args.data_dir, args.val, args.limit, device)
+    scale = common.pixel_scale(facts) if args.normalized_eps else 1.0
+    train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
 
     common.seed_stream(args.seed, "init")
-    model = common.build_model(args.model, args.dataset, args.normalize, device)
-    if args.strategy == "finetune" and not args.init and not common.going_on(args.ckpt, args.resume):  # the first phase
-        own = dict(strategy="vanilla", constraint="none", epochs=args.pretrain_epochs, lr=args.pretrain_lr,
-                   clean_epochs=0, ckpt=str(Path(args.ckpt).with_suffix(".vanilla.pt")))
-        train_phase(argparse.Namespace(**vars(args) | own), model, train, val, device, precision)
-    lock.close()  # the run of this phase takes it
-    train_phase(args, model, train, val, device, precision)
+    model = common.build_model(args.model, facts, args.normalize, device)
+    radius = scale * args.pgd_eps
+    run = common.Run(__file__, args, defaults, facts, precision, earlier_suffixes=[".vanilla.pt"])
+    begun = common.going_on(args.ckpt, args.resume)
+    if args.has_first_phase and not args.init and not begun:
+        first_args = argparse.Namespace(**vars(args))
+        first_args.method = "vanilla"
+        first_args.epochs = args.pretrain_epochs
+        first_args.lr = args.pretrain_lr
+        first_args.clean_epochs = 0
+        first_args.ckpt = str(run.path.with_suffix(".vanilla.pt"))
+        first_run = common.Run(__file__, first_args, defaults, facts, precision)
+        train_phase(first_run, first_args, losses["vanilla"], model, train, val, radius,
+                    second=False)
+    train_phase(run, args, losses[args.method], model, train, val, radius,
+                second=args.has_first_phase)
+    if args.val and args.has_first_phase:
+        row = run.history[-1]
+        before = row["val/lost"] + row["val/clean"]
+        print(f"clean accuracy on held-out images: {100 * before:.2f} % before, "
+              f"{100 * row['val/clean']:.2f} % after")
 
 
 if __name__ == "__main__":

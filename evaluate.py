@@ -68,8 +68,8 @@ def parse(argv=None):
     flag("--ckpt", required=True, help="the checkpoint that training wrote, or a bare state_dict")
     flag("--weights", choices=["best", "last"], default="best", help="which weights of it (%(default)s)")
     flag("--model", help=f"of a bare state_dict: {common.BACKBONES}; also where training had a file of yours")
-    flag("--dataset", choices=list(common.DATASETS), help="of a bare state_dict: its data set")
-    flag("--normalize", choices=["none", "dataset", "image"], default="none", help="of a bare state_dict: the layer "
+    flag("--dataset", help=f"of a bare state_dict: its data set, {', '.join(common.DATASETS)} or NAME of NAME.npz")
+    flag("--normalize", choices=common.NORMALIZATIONS, default="none", help="of a bare state_dict: the layer "
          "put before the network, which gets images in [0, 1] otherwise (%(default)s)")
     flag("--attacks", help=f"comma-separated: {ATTACK_NAMES} ({QUICK_LOOK['attacks']})")
     flag("--protocol", choices=list(PROTOCOLS), help="the columns of this paper's main tables, its rows beside them, "
@@ -105,8 +105,8 @@ def parse(argv=None):
     flag("--export", metavar="FILE.pt", help="write the weights as a float16 checkpoint and stop")
     flag("--overwrite", action="store_true", help="replace the files of --results, --export and --save-adv, and "
          "measure anew what is on record")
-    common.workers_flag(parser)
-    common.wandb_flag(parser)
+    common.workers_flag(flag)
+    common.wandb_flag(flag)
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
@@ -152,7 +152,26 @@ def run_pgd(model, x, y, a, labels, loss=common.cross_entropy):
     def near(x, eps):
         return common.uniform_start(x, min(a.step, a.eps))
     start = common.uniform_start if a.start == "ball" else near
-    return common.pgd(model, x, y, a.eps, a.step, a.steps, start, loss=loss, restarts=a.restarts, labels=labels)
+    return restarted(model, x, y, a.eps, a.step, a.steps, a.restarts, labels, start, loss=loss)
+
+
+def restarted(model, x, target, eps, step, steps, restarts, labels, start=common.uniform_start, **options):
+    """PGD from several random starts. labels: an image that a restart breaks is attacked no further; None: the last
+    restart counts."""
+    result = x.clone()
+    rows = torch.arange(len(x), device=x.device)
+    for _ in range(restarts):
+        starts = start(x, eps)  # drawn for all: no image's start depends on the others
+
+        def drawn(x, eps):
+            return starts[rows]
+        wanted = None if labels is None else labels[rows]
+        result[rows] = common.pgd(model, x[rows], target[rows], eps, step, steps, drawn, labels=wanted, **options)
+        if labels is not None and restarts > 1:
+            rows = rows[logits_of(model, result[rows]).argmax(1) == labels[rows]]
+            if not len(rows):
+                break
+    return result
 
 
 def margin_attack(model, x, y, a, labels):
@@ -164,7 +183,7 @@ def random_targeted(model, x, y, a, labels):
     """PGD towards a random wrong class (IAAT, section 4.2), judged as every attack by the true one."""
     classes = logits_of(model, x[:1]).shape[1]
     target = (y + torch.randint(1, classes, y.shape).to(y)) % classes
-    return common.pgd(model, x, target, a.eps, a.step, a.steps, restarts=a.restarts, targeted=True, labels=labels)
+    return restarted(model, x, target, a.eps, a.step, a.steps, a.restarts, labels, targeted=True)
 
 
 def multi_targeted(model, x, y, a, labels):
@@ -239,8 +258,18 @@ def minimal_l2(model, x, y, a, labels):
 
 
 def dra(model, x, y, a, labels):
-    """DRA (algorithm 1 of its paper); eps bounds the mean change before its filter, nothing bounds the largest."""
-    return common.dra(model, x, y, a.eps, a.steps, a.p)
+    """DRA (algorithm 1 of its paper): steps of eps / T along the gradient divided by its mean magnitude, then all but
+    the share p of values with the largest gradient is put back. eps bounds the mean change before this filter, nothing
+    bounds the largest. The measurement stays as it is where dra_finetune.py's adversary is changed."""
+    x_adv, alpha = x, common.per_image(a.eps, x) / a.steps
+    with common.model_mode(model, "eval"):
+        for _ in range(a.steps):
+            grad, _ = common.input_gradient(model, x_adv, y)
+            x_adv = x_adv + alpha * grad / grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    size = grad.abs().flatten(1)
+    kept = torch.zeros_like(size, dtype=torch.bool)
+    kept.scatter_(1, size.topk(round(a.p * size.shape[1]), dim=1).indices, True)
+    return torch.where(kept.view_as(x), x_adv, x).clamp(0, 1)
 
 
 class Kind(NamedTuple):
@@ -255,8 +284,8 @@ class Kind(NamedTuple):
 
 ATTACKS = {
     "clean": Kind(lambda model, x, y, a, labels: x, steps=None, norm="none"),
-    "noise": Kind(lambda model, x, y, a, labels: common.pgd(model, x, y, a.eps, 0.0, 1, restarts=a.restarts,
-                                                            labels=labels), steps=None, restarts=True),
+    "noise": Kind(lambda model, x, y, a, labels: restarted(model, x, y, a.eps, 0.0, 1, a.restarts, labels),
+                  steps=None, restarts=True),
     "fgsm": Kind(lambda model, x, y, a, labels: common.fgsm(model, x, y, a.eps), steps=None),
     "ifgsm": Kind(lambda model, x, y, a, labels: common.ifgsm(model, x, y, a.eps, a.steps, labels=labels)),
     "mi-fgsm": Kind(lambda model, x, y, a, labels: common.mi_fgsm(model, x, y, a.eps, a.steps, labels=labels)),
@@ -279,8 +308,8 @@ ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-
                 "that start at random, :EPS any with a radius")
 
 
-def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0, mean_eps=None):
-    """The attacks of a comma-separated list, each once; UsageError for a name that is none.
+def parse_attacks(text, facts, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0, mean_eps=None):
+    """The attacks of a comma-separated list, each once; UsageError for a name that is none. facts: the data set's.
 
     IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,
     2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start;
@@ -288,7 +317,7 @@ def parse_attacks(text, dataset, eps, step=None, start="ball", seed=0, p=1 / 3, 
     mean_eps: its eps, where it is not that of the others. scale: what radii and steps are multiplied by; other than 1,
     the attack's name says so.
     """
-    attacks, facts = [], common.DATASETS[dataset]
+    attacks, dataset = [], facts["name"]
     for name in dict.fromkeys(word.strip() for word in text.split(",") if text):
         matches = (re.fullmatch(rf"({kind})(?:-([1-9]\d*))?(?:x([1-9]\d*))?(?::(.+))?", name) for kind in ATTACKS)
         kind, steps, restarts, radius = next(filter(None, matches), re.match("()()()()", "")).groups()
@@ -332,10 +361,10 @@ def logits_of(model, x):
     return model(x)
 
 
-def load_test(name, data_dir, limit, device, workers=0):
+def load_test(facts, data_dir, limit, device, workers=0):
     """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest); a
     smaller limit is a subset of a larger one."""
-    whole = common.load_split(name, data_dir, "test", device, workers)
+    whole = common.load_split(facts, data_dir, "test", device, workers)
     return whole.take(common.subset(len(whole.labels), limit or None))
 
 
@@ -454,13 +483,13 @@ def corruptions(model, paths, test, batch_size):
 RADII, STEPS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3), (1, 2, 5, 10, 20, 50, 100, 200)
 
 
-def curves(model, test, dataset, eps, batch_size, seed):
+def curves(model, test, facts, eps, batch_size, seed):
     """Accuracy and mean loss of FGSM and PGD-40 as eps grows (SAT-Rx figs. 5, 8, 9), accuracy of PGD as its steps do
     (fig. 7), without stopping at the first success; accuracy under random noise."""
     def run(name, radius):
-        attack, = parse_attacks(name, dataset, radius, seed=seed)
-        facts = evaluate(model, test, attack, batch_size, stop=attack.kind == "noise")
-        return facts[:, [0, 3]].mean(0).tolist()
+        attack, = parse_attacks(name, facts, radius, seed=seed)
+        found = evaluate(model, test, attack, batch_size, stop=attack.kind == "noise")
+        return found[:, [0, 3]].mean(0).tolist()
     radii = sorted({min(1.0, factor * eps) for factor in RADII} | {1.0})
     table = {name: [run("clean", eps), *(run(name, radius) for radius in radii)] for name in ("fgsm", "pgd-40")}
     return dict(table, radii=[0, *radii], at_eps=1 + radii.index(min(1.0, eps)), noise=run("noisex100", eps)[0],
@@ -613,7 +642,7 @@ def draw_images(plt, scene):
     """Clean and PGD-40 images, their difference, and the saliency, the gradient of the true class's logit (after figs.
     4 and 6 of the saliency paper and fig. 3 of DRA's)."""
     model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 8))
-    attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], eps)
+    attack, = parse_attacks("pgd-40", common.checkpoint_facts(scene.checkpoint), eps)
     common.seed_stream(scene.seed, "images")
     with common.model_mode(model, "eval"):
         x_adv = run_pgd(model, x, y, attack, y)
@@ -637,9 +666,9 @@ def draw_dra(plt, scene):
     usual eps: 1/255 and 2/255 on CIFAR (fig. 4)."""
     figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     shares = [0, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1]
-    dataset = scene.checkpoint["dataset"]
-    for eps in (common.DATASETS[dataset]["eps"] / 8, common.DATASETS[dataset]["eps"] / 4):
-        attacks = [parse_attacks("dra-5", dataset, eps, p=p)[0] for p in shares]
+    facts = common.checkpoint_facts(scene.checkpoint)
+    for eps in (facts["eps"] / 8, facts["eps"] / 4):
+        attacks = [parse_attacks("dra-5", facts, eps, p=p)[0] for p in shares]
         right = [evaluate(scene.model, scene.test, attack, 250)[:, 0].mean() for attack in attacks]
         ax.plot(shares, [100 * (1 - value) for value in right], "o-", label=f"DRA-5, eps {255 * eps:.3g}/255")
     ax.set(xlabel="share p of the values changed", ylabel="misclassified (%)", ylim=(0, 100))
@@ -676,7 +705,8 @@ def draw_eps(plt, scene):
     above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
     (left, right), panels = above.subplots(1, 2), below.subplots(4, 10)
     own = scene.checkpoint["args"]
-    train, _ = common.load_train(own["dataset"], scene.data_dir, own["val"], own["limit"], scene.test.labels.device)
+    facts = common.checkpoint_facts(scene.checkpoint)
+    train, _ = common.load_train(facts, scene.data_dir, own["val"], own["limit"], scene.test.labels.device)
     used = train.index.cpu()
 
     def eps_of(memory):  # what was used of it, of 255
@@ -698,7 +728,7 @@ def draw_eps(plt, scene):
 def draw_extremes(panels, scene, train, memory):
     """The ten training images of the lowest and of the highest eps, clean and attacked; memory: eps of 255, (N,)."""
     order = memory.argsort()
-    attack, = parse_attacks("pgd-40", scene.checkpoint["dataset"], max(16 / 255, scene.eps))
+    attack, = parse_attacks("pgd-40", common.checkpoint_facts(scene.checkpoint), max(16 / 255, scene.eps))
     common.seed_stream(scene.seed, "eps")
     for line, (name, rows) in enumerate({"lowest": order[:10], "highest": order[-10:]}.items()):
         x, y = next(common.read(train, [rows])), train.labels[rows]
@@ -821,22 +851,21 @@ def open_checkpoint(args, device):
     if isinstance(content, dict) and "format" not in content:  # the usual wrappers of a state_dict
         content = next((content[key] for key in ("state_dict", "model_state_dict") if key in content), content)
     if not (isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values())):
-        return common.load_model(args.ckpt, args.weights, device, args.dataset, args.model)
+        model, checkpoint = common.load_model(args.ckpt, args.weights, device, architecture=args.model)
+        if args.model and ".py:" not in checkpoint["model"] and args.model != checkpoint["model"]:
+            raise common.UsageError(f"{args.ckpt}: its network is {checkpoint['model']}, not {args.model}")
+        if args.dataset not in (None, checkpoint["dataset"]):
+            raise common.UsageError(f"{args.ckpt}: was trained on {checkpoint['dataset']}, not on {args.dataset}")
+        return model, checkpoint
     if not (args.model and args.dataset):
         raise common.UsageError(f"{args.ckpt} is a bare state_dict: --model and --dataset say what it belongs to")
     if args.weights == "last":
         raise common.UsageError(f"{args.ckpt} is a bare state_dict: it holds no last weights")
-    model = common.build_model(args.model, args.dataset, args.normalize, device).eval()
+    facts = common.dataset_facts(args.dataset, args.data_dir)
+    model = common.build_model(args.model, facts, args.normalize, device).eval()
     common.load_weights(model, content, args.ckpt)
-    facts = common.DATASETS[args.dataset]
-    try:
-        shape = tuple(logits_of(model, torch.zeros(1, *facts["shape"], device=device)).shape)
-    except RuntimeError as error:
-        raise common.UsageError(f"{args.ckpt}: does not take images of {args.dataset} ({error})")
-    if shape != (1, facts["classes"]):
-        raise common.UsageError(f"{args.ckpt}: gives {shape} for an image of {args.dataset}, which has "
-                                f"{facts['classes']} classes")
     return model, dict(format=common.FORMAT, script="state_dict", model=args.model, dataset=args.dataset,
+                       num_classes=facts["classes"], input_shape=facts["shape"], mean=facts["mean"], std=facts["std"],
                        normalize=args.normalize, args=dict(eps=facts["eps"]), provenance=None, history=[],
                        best=dict(epoch=None, state_dict=model.net.state_dict()), last=None)
 
@@ -844,7 +873,7 @@ def open_checkpoint(args, device):
 def trained_eps(checkpoint, normalized):
     """(the L-infinity radius that training aimed at, of DRA PGD's, the eps of its DRA or None): in [0, 1] units, or in
     those of normalised images where --normalized-eps asks for it."""
-    args, scale = checkpoint["args"], common.pixel_scale(checkpoint["dataset"])
+    args, scale = checkpoint["args"], common.pixel_scale(common.checkpoint_facts(checkpoint))
     factor = scale ** (bool(args.get("normalized_eps")) - bool(normalized))
     return factor * args.get("pgd_eps", args["eps"]), factor * args["eps"] if args.get("adversary") == "dra" else None
 
@@ -855,18 +884,19 @@ COLUMNS = {"attack": 20, "accuracy": 9, "n": 6, "eps": 8, "step": 8, "steps": 6,
            "largest": 8, "seconds": 8}
 
 
-def plan(args, dataset, eps, mean_eps, device):
+def plan(args, facts, eps, mean_eps, device):
     """What is to be run: [(Attack, surrogate's path or None, number of test images, 0: all)]. mean_eps: of dra."""
+    dataset = facts["name"]
     if args.protocol and dataset not in PROTOCOLS[args.protocol]:
         raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
     chosen = PLAN | (PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK)
     chosen["transfer"] = chosen["transfer"] or QUICK_LOOK["transfer"]
     chosen |= {name: getattr(args, name) for name in QUICK_LOOK if getattr(args, name) is not None}
-    if args.protocol and common.DATASETS[dataset]["classes"] > 20 and ",multi-" in chosen["attacks"]:
+    if args.protocol and facts["classes"] > 20 and ",multi-" in chosen["attacks"]:
         chosen["attacks"] = re.sub(r",multi-\d+x\d+", "", chosen["attacks"])
         print(f"no multi-targeted attack: {dataset} has too many wrong classes")
-    scale = common.pixel_scale(dataset) if args.normalized_eps else 1.0
-    budget = dataset, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale, mean_eps
+    scale = common.pixel_scale(facts) if args.normalized_eps else 1.0
+    budget = facts, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale, mean_eps
     todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
     todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
     few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
@@ -914,9 +944,9 @@ def print_more(args, model, test, checkpoint, eps, outcomes):
     numbers, paths, curve = dict(dead_gradients=dead_gradients(model, test, args.batch_size)), [], None
     print(f"images with a zero or non-finite gradient: {100 * numbers['dead_gradients']:.2f} %")
     if args.sanity or args.plots:
-        curve = curves(model, test, checkpoint["dataset"], eps, args.batch_size, args.seed)
+        curve = curves(model, test, common.checkpoint_facts(checkpoint), eps, args.batch_size, args.seed)
     if args.sanity:
-        classes = common.DATASETS[checkpoint["dataset"]]["classes"]
+        classes = checkpoint["num_classes"]
         tests = sanity(curve, numbers["dead_gradients"], classes, eps, outcomes)
         print(f"\nsanity, {len(test.labels)} images:")
         for passed, finding in tests:
@@ -995,21 +1025,22 @@ def main():
         export(args.export, checkpoint, args.weights)
         return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
     dataset = checkpoint["dataset"]
+    facts = common.checkpoint_facts(checkpoint)
     own, mean_eps = trained_eps(checkpoint, args.normalized_eps)
-    eps, mean_eps = args.eps or (common.DATASETS[dataset]["eps"] if args.protocol else own), args.eps or mean_eps
+    eps, mean_eps = args.eps or (facts["eps"] if args.protocol else own), args.eps or mean_eps
     args.p = checkpoint["args"].get("p", 1 / 3) if args.p is None else args.p
-    if args.alignment and common.DATASETS[dataset]["classes"] > 100:
+    if args.alignment and facts["classes"] > 100:
         raise common.UsageError(f"--alignment takes every logit's gradient: {dataset} has too many classes")
-    todo = plan(args, dataset, eps, mean_eps, device)
-    eps *= common.pixel_scale(dataset) if args.normalized_eps else 1  # from here on in [0, 1] units
+    todo = plan(args, facts, eps, mean_eps, device)
+    eps *= common.pixel_scale(facts) if args.normalized_eps else 1  # from here on in [0, 1] units
     corrupted = corruption_paths(dataset, args.data_dir) if any(a.kind == "corruptions" for a, _, _ in todo) else []
-    surrogates = {path: common.load_model(path, device=device, dataset=dataset) for path in args.surrogate}
+    surrogates = {path: common.load_model(path, device=device, facts=facts) for path in args.surrogate}
     names = {path: source["model"] for path, (_, source) in surrogates.items()}
     if len(set(names.values())) < len(names):
         names = {path: stem_of(path) for path in names}
     identities = {path: dict(sha=weights_sha256(source["best"]["state_dict"]), model=source["model"],
                              normalize=source["normalize"]) for path, (_, source) in surrogates.items()}
-    tests = {n: load_test(dataset, args.data_dir, n, device, args.workers) for n in {n for _, _, n in todo}}
+    tests = {n: load_test(facts, args.data_dir, n, device, args.workers) for n in {n for _, _, n in todo}}
     few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
     pixels = {n: images_sha256(test) for n, test in tests.items()}
     network = dict(dataset=dataset, model=args.model or checkpoint["model"], normalize=checkpoint["normalize"])
@@ -1032,16 +1063,16 @@ def main():
             settings |= dict(attack=f"{attack.name}@{names[path]}", surrogate_sha256=identities[path]["sha"])
             images = functools.partial(transfer_images, path, dict(identities[path], images=pixels[n]),
                                        surrogates[path][0], test, attack, args.batch_size)
-        outcome, facts, keep = measure(model, attack, test, images, corrupted, settings, args, record, notes)
+        outcome, found, keep = measure(model, attack, test, images, corrupted, settings, args, record, notes)
         if keep is not None:
             arrays = dict(images=keep, index=test.index.cpu().numpy(), labels=test.labels.cpu().numpy())
             adversarial |= {f"{settings['attack']}/{name}": array for name, array in arrays.items()}
         outcomes.append(outcome)
         print_outcome(outcome, header=len(outcomes) == 1)
-        if len(facts) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm in ("linf", "none"):
-            flags.append((test.index.cpu().numpy(), facts[:, 0] == 1))
-        if args.per_class and len(facts):
-            each = (100 * facts[(test.labels == c).cpu().numpy(), 0].mean() for c in test.labels.unique())
+        if len(found) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm in ("linf", "none"):
+            flags.append((test.index.cpu().numpy(), found[:, 0] == 1))
+        if args.per_class and len(found):
+            each = (100 * found[(test.labels == c).cpu().numpy(), 0].mean() for c in test.labels.unique())
             print(f"{'by class':>20} " + " ".join(f"{value:.1f}" for value in each))
     if len(flags) > 1:
         shared = min((index for index, _ in flags), key=len)  # a smaller subset lies within a larger one
@@ -1050,7 +1081,7 @@ def main():
               f"{len(shared)} images")
     if args.save_adv:
         common.write_beside(args.save_adv, lambda file: np.savez(file, **adversarial))
-    few = load_test(dataset, args.data_dir, few, device, args.workers)
+    few = load_test(facts, args.data_dir, few, device, args.workers)
     numbers, paths = print_more(args, model, few, checkpoint, eps, outcomes)
     if args.results:
         kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]

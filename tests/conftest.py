@@ -28,6 +28,49 @@ def run_main(main, script, *words):
         sys.argv = before
 
 
+def parse(script, *words):
+    """(flags, facts, defaults) that a script's main() would train with; UsageError passes through."""
+    class Parsed(Exception):
+        pass
+
+    def stop(losses, argv=None):
+        raise Parsed(real(losses, words))
+    real, script.parse = script.parse, stop
+    try:
+        script.main()
+    except Parsed as parsed:
+        return parsed.args[0]
+    finally:
+        script.parse = real
+
+
+def flags_of(script, *words):
+    """The flags alone of `parse`."""
+    return parse(script, *words)[0]
+
+
+def method_loss(script, *words, **variables):
+    """(flags, the line of main's dictionary of losses for --method): a function of tensors.
+
+    variables: name -> value of what main() would have by then, such as model.
+    """
+    dictionary = {}
+
+    def keep(losses, argv=None):
+        dictionary.update(losses)
+        return real(losses, argv)
+    real, script.parse = script.parse, keep
+    try:
+        flags, facts, _ = parse(script, *words)
+    finally:
+        script.parse = real
+    variables = dict(variables, args=flags, facts=facts)
+    loss = dictionary[flags.method]
+    for name, cell in zip(loss.__code__.co_freevars, loss.__closure__):
+        cell.cell_contents = variables[name]
+    return flags, loss
+
+
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
     """train(method, *flags) -> path of a sat_rx.py run on digits; each combination is trained once a session."""

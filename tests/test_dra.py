@@ -1,7 +1,12 @@
-"""dra_finetune.py: the attack against a plain loop, the updates one after the other, the dual, both phases."""
+"""dra_finetune.py: the attack against a plain loop, the updates one after the other, the dual,
+both phases."""
 
 import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,16 +14,28 @@ import torch.nn.functional as F
 import common
 import dra_finetune
 import evaluate
-from conftest import Linear, SmallNet, plain, run_interrupted, run_main
+from conftest import Linear, SmallNet, flags_of, plain, run_interrupted, run_main
 
-SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--val", "100", "--attack-steps", "3"]
+SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--val", "100",
+         "--attack-steps", "3"]
 
 
 def network(seed=0, classes=4):
+    """(network, images, labels), small and smooth; the images are whole numbers of 255."""
     torch.manual_seed(seed)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 9), torch.nn.Tanh(), torch.nn.Linear(9, classes))
-    x = 0.3 + 0.4 * torch.rand(10, 1, 4, 4)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 9), torch.nn.Tanh(),
+                              torch.nn.Linear(9, classes))
+    x = (255 * (0.3 + 0.4 * torch.rand(10, 1, 4, 4))).round() / 255
     return plain(net), x, torch.randint(0, classes, (10,))
+
+
+def measured(model, x, y, eps, steps, p):
+    """DRA as evaluate.py has it."""
+    return evaluate.dra(model, x, y, SimpleNamespace(eps=eps, steps=steps, p=p), y)
+
+
+each_dra = pytest.mark.parametrize("dra", [dra_finetune.dra_attack, measured],
+                               ids=["training", "evaluation"])
 
 
 def plain_dra(model, image, label, eps, steps, p):
@@ -35,203 +52,462 @@ def plain_dra(model, image, label, eps, steps, p):
     return result.view_as(image).clamp(0, 1)
 
 
+@each_dra
 @pytest.mark.parametrize("p", [0.0, 0.3, 1 / 3, 1.0])
-def test_dra_against_a_plain_loop(p):
-    """Sample by sample, with an eps of its own for each; exactly round(p N) values differ."""
+def test_dra_against_a_plain_loop(dra, p):
+    """Image by image, with an eps of its own for each; exactly round(p N) values differ."""
     model, x, y = network()
     eps = torch.linspace(0.01, 0.05, len(x))
-    ours = common.dra(model, x, y, eps, 5, p)
+    ours = dra(model, x, y, eps, 5, p)
     for i in range(len(x)):
-        torch.testing.assert_close(ours[i:i + 1], plain_dra(model, x[i:i + 1], y[i:i + 1], eps[i].item(), 5, p))
+        one = plain_dra(model, x[i:i + 1], y[i:i + 1], eps[i].item(), 5, p)
+        torch.testing.assert_close(ours[i:i + 1], one)
     assert ((ours != x).flatten(1).sum(1) == round(p * 16)).all()
 
 
-def test_dra_on_a_linear_model():
-    """Before the filter the mean change equals eps, along the gradient; the filter keeps its largest values; a gradient
-    of zero moves nothing; the result stays in [0, 1]; neither mode nor .grad changes."""
-    model, x, y = Linear(classes=2), 0.3 + 0.4 * torch.rand(8, 1, 4, 4), torch.randint(0, 2, (8,))
-    delta = (common.dra(model, x, y, 0.02, 7, 1.0) - x).flatten(1)
+@each_dra
+def test_dra_on_a_linear_model(dra):
+    """Before the filter the mean change equals eps, along the gradient; the filter keeps its
+    largest values; a gradient of zero moves nothing; the result stays in [0, 1]; neither mode nor
+    .grad changes."""
+    model = Linear(classes=2)
+    x = 0.3 + 0.4 * torch.rand(8, 1, 4, 4)
+    y = torch.randint(0, 2, (8,))
+    delta = (dra(model, x, y, 0.02, 7, 1.0) - x).flatten(1)
     torch.testing.assert_close(delta.abs().mean(1), torch.full((8,), 0.02))
     weight = model.layer.weight.detach()
     assert (F.cosine_similarity(delta, weight[1 - y] - weight[y]) > 0.9999).all()
-    half = (common.dra(model, x, y, 0.02, 7, 0.5) - x).flatten(1)
-    assert (half.abs() > 0).sum(1).eq(8).all() and (half.abs().sum(1) > 0.5 * delta.abs().sum(1)).all()
+    half = (dra(model, x, y, 0.02, 7, 0.5) - x).flatten(1)
+    assert (half.abs() > 0).sum(1).eq(8).all()
+    assert (half.abs().sum(1) > 0.5 * delta.abs().sum(1)).all()
     model.layer.weight.data *= 0
-    assert torch.equal(common.dra(model, x, y, 0.02, 7, 1.0), x)
+    assert torch.equal(dra(model, x, y, 0.02, 7, 1.0), x)
     net = plain(SmallNet())
     net(torch.rand(4, 1, 6, 6))
-    x_adv = common.dra(net.train(), torch.rand(4, 1, 6, 6), torch.zeros(4, dtype=torch.int64), 0.5, 3, 1.0)
+    x_adv = dra(net.train(), torch.rand(4, 1, 6, 6), torch.zeros(4, dtype=torch.int64), 0.5, 3, 1.0)
     assert x_adv.min() == 0 and x_adv.max() == 1 and all(m.training for m in net.modules())
     assert all(p.grad is None for p in net.parameters())
 
 
-def arguments(*flags):
-    return dra_finetune.parse(["--dataset", "mnist", "--eps", "0.05", "--attack-steps", "3", *flags])
+@pytest.mark.parametrize("p", [0.25, 1 / 3, 1.0])
+def test_training_and_evaluation_make_the_same_images(p):
+    """evaluate.py has its own copy of DRA, which an attack's name gives eps, steps and share."""
+    torch.manual_seed(0)
+    model = plain(SmallNet())
+    x = torch.rand(6, 1, 6, 6)
+    y = torch.randint(0, 5, (6,))
+    model(x)
+    facts = common.dataset_facts("digits")
+    for mode in (True, False):
+        model.train(mode)
+        asked, = evaluate.parse_attacks("dra-5:0.1", facts, 0.3, p=p)
+        theirs = evaluate.dra(model, x, y, asked, y)
+        assert torch.equal(dra_finetune.dra_attack(model, x, y, 0.1, 5, p), theirs)
+        assert not torch.equal(dra_finetune.dra_attack(model, x, y, 0.11, 5, p), theirs)
+        eps = torch.linspace(0.01, 0.2, len(x))
+        theirs = measured(model, x, y, eps, 3, p)
+        assert torch.equal(dra_finetune.dra_attack(model, x, y, eps, 3, p), theirs)
 
 
-def updates(model, x, y, args, lr, dual=None, precision="float32"):
-    """The losses of one batch with a step of SGD after each, as main does."""
-    optimizer, done = torch.optim.SGD(model.parameters(), lr), []
-    steps = dra_finetune.losses(model, x, y, 0.05, dual, args)
-    while True:
-        with common.autocast(torch.device("cpu"), precision):
-            terms = next(steps, None)
-        if terms is None:
-            return done
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        done.append({name: float(value) for name, value in terms.items()})
+def phases(monkeypatch, model, images, labels, *words, precision="float32", state=None):
+    """What main() trains, a Run-like record of each phase in order, with these images in the place
+    of the data set's and this network in the place of --model; nothing is written.
+
+    state: what an interrupted run of the phase had kept.
+    """
+    begun = []
+
+    class Record:
+        def __init__(self, script, flags, defaults, facts, precision_of_machine,
+                     earlier_suffixes=()):
+            self.args = flags
+            self.path = Path("run.pt")
+            self.precision = precision
+            self.method_state = state
+            self.history = []
+            self.weights = []  # after every epoch
+
+        def start(self, model, optimizer):
+            self.first_weights = copy_of(model)
+            begun.append(self)
+            return 0
+
+        def finish_epoch(self, model, optimizer, row, method_state):
+            self.history.append(row)
+            self.weights.append(copy_of(model))
+            self.state = method_state
+
+        def close(self):
+            pass
+    train = common.Split((255 * images).round().to(torch.uint8), labels, torch.arange(len(labels)))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "Run", Record)
+        patch.setattr(common, "build_model", lambda *_: model)
+        patch.setattr(common, "load_train", lambda *_: (train, None))
+        run_main(dra_finetune.main, "dra_finetune.py", *words, "--val", 0, "--device", "cpu")
+    return begun
+
+
+def copy_of(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+MNIST = ["--dataset", "mnist", "--eps", "0.05", "--attack-steps", "3", "--batch-size", "10",
+         "--augment", "none"]
+ONE_STEP = [*MNIST, "--epochs", "1", "--momentum", "0", "--weight-decay", "0"]
+SECOND = ["--init", "vanilla.pt"]  # no first phase; `phases` opens no file
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_adversary_attacks_the_updated_network(precision):
-    """Section IV.A: first the clean update, then DRA and the second update on the network that it left."""
+def test_the_adversary_attacks_the_updated_network(precision, monkeypatch):
+    """Section IV.A: first the clean update, then DRA and the second update on the network that it
+    left."""
     model, x, y = network()
     twin, _, _ = network()
-    clean, adversarial = updates(model, x, y, arguments(), 3.0, precision=precision)
+    run, = phases(monkeypatch, model, x, y, *ONE_STEP, *SECOND, "--lr", 3, precision=precision)
+    row = run.history[0]
     loss = F.cross_entropy(twin(x), y)
     tolerance = dict(rel=1e-5 if precision == "float32" else 0.02)
-    assert clean["loss"] == pytest.approx(loss.item(), **tolerance)
+    assert row["train/ce_clean"] == pytest.approx(loss.item(), **tolerance)
     loss.backward()
     with torch.no_grad():
         for p in twin.parameters():
             p -= 3.0 * p.grad
-    stale = F.cross_entropy(network()[0](common.dra(network()[0], x, y, 0.05, 3, 2 / 3)), y).item()
-    fresh = F.cross_entropy(twin(common.dra(twin, x, y, 0.05, 3, 2 / 3)), y).item()
-    assert abs(stale - fresh) > 0.05 and adversarial["loss"] == pytest.approx(fresh, **tolerance)
+    old, _, _ = network()
+    stale = F.cross_entropy(old(dra_finetune.dra_attack(old, x, y, 0.05, 3, 2 / 3)), y).item()
+    fresh = F.cross_entropy(twin(dra_finetune.dra_attack(twin, x, y, 0.05, 3, 2 / 3)), y).item()
+    assert abs(stale - fresh) > 0.05
+    assert row["train/ce_adv"] == pytest.approx(fresh, **tolerance)
+    assert row["train/loss"] == row["train/ce_adv"]
 
 
-def test_from_scratch_strategies():
-    """Madry's is cross-entropy on the adversary alone; TRADES adds KL(p(x) || p(x')); both with either adversary."""
-    for adversary in ("dra", "pgd"):
-        model, x, y = network()
-        args = arguments("--strategy", "madry", "--adversary", adversary)
-        torch.manual_seed(1)
-        terms, = dra_finetune.losses(model, x, y, 0.05, None, args)
-        torch.manual_seed(1)
-        x_adv = dra_finetune.adversary(model, x, y, 0.05, args)
-        assert terms["loss"].item() == pytest.approx(F.cross_entropy(model(x_adv), y).item())
-        linf = (x_adv - x).abs().max().item()
-        assert linf == pytest.approx(0.05) if adversary == "pgd" else linf > 0.06
-        args = arguments("--strategy", "trades", "--lam", "3", "--adversary", adversary)
-        terms, = dra_finetune.losses(model, x, y, 0.05, None, args)
-        ce, kl = terms["ce_clean"].item(), terms["kl"].item()
-        torch.manual_seed(2)
-        x_adv = dra_finetune.adversary(model, x, model(x).detach(), 0.05, args, common.kl, common.gaussian_start)
-        moved = (x_adv - x).abs().flatten(1)
-        assert moved.max() <= 0.05 + 1e-6 if adversary == "pgd" else (moved > 0).sum(1).max() <= round(2 / 3 * 16)
-        assert kl > 1e-4 and terms["loss"].item() == pytest.approx(ce + 3 * kl)
+def by_hand(x, y, epochs, clean_epochs, order=("clean", "adversarial"), stale=False):
+    """The weights after each epoch of one batch, with momentum 0.9, weight decay 2e-4 and a cosine
+    from 0.5, eps from 0.05 to 0.02. stale: attack the network as it was before the batch."""
+    model, _, _ = network()
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    after = []
+    for epoch in range(epochs):
+        lr = 0.5 * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        adversarial = epoch < epochs - clean_epochs
+        eps = 0.05 - 0.03 * epoch / (epochs - clean_epochs - 1)
+        old, _, _ = network()
+        old.load_state_dict(model.state_dict())
+        for kind in order if adversarial else ("clean",):
+            images = x
+            if kind == "adversarial":
+                attacked = old if stale else model
+                images = torch.cat([plain_dra(attacked, x[i:i + 1], y[i:i + 1], eps, 3, 2 / 3)
+                                    for i in range(len(x))])
+            grads = torch.autograd.grad(F.cross_entropy(model(images), y), model.parameters())
+            with torch.no_grad():
+                for p, grad, v in zip(model.parameters(), grads, velocity):
+                    v.mul_(0.9).add_(grad + 2e-4 * p)
+                    p -= lr * v
+        after.append(copy_of(model))
+    return after
 
 
-def test_the_dual():
-    """Eqs. 8 and 9: lambda rises while the clean loss exceeds the first phase's, falls otherwise, never below 0."""
+def test_a_batch_makes_its_two_updates_in_order(monkeypatch):
+    """Two epochs of two steps of SGD for each batch, the second on the network that the first has
+    left, and a clean epoch of the first step alone, against steps written out; neither the other
+    order, nor an attack on the network before the batch, nor one update alone leads there."""
     model, x, y = network()
-    args, dual = arguments("--constraint", "dual", "--dual-lr", "0.5"), dict(lam=torch.tensor(1.0), std=0.2)
-    terms, = updates(model, x, y, args, 0.0, dual)
-    excess = terms["ce_clean"] - 0.2
-    assert excess > 0 and dual["lam"].item() == pytest.approx(1 + 0.5 * excess)
-    assert terms["loss"] == pytest.approx(terms["ce_adv"] + excess)
-    dual["std"] = 50.0
-    updates(model, x, y, args, 0.0, dual)
-    assert dual["lam"] == 0
-    assert {"ce_adv", "lam"} <= next(dra_finetune.losses(model, x, y, 0.0, dual, args)).keys()  # at eps 0, too
+    run, = phases(monkeypatch, model, x, y, *MNIST, *SECOND, "--eps-end", "0.02", "--epochs", 3,
+                  "--clean-epochs", 1, "--lr", "0.5")
+    for ours, expected in zip(run.weights, by_hand(x, y, 3, 1), strict=True):
+        for value, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+    with_attack = ["train/ce_adv" in row for row in run.history]
+    assert with_attack == [True, True, False]
+    assert run.history[2]["train/loss"] == run.history[2]["train/ce_clean"]
+    others = [by_hand(x, y, 3, 1, order=("adversarial", "clean")), by_hand(x, y, 3, 1, stale=True),
+              by_hand(x, y, 3, 1, order=("adversarial",)), by_hand(x, y, 3, 1, order=("clean",))]
+    for other in others:
+        for ours, wrong in zip(run.weights, other):
+            assert max((a - b).abs().max() for a, b in zip(ours, wrong)) > 1e-3
+    more = by_hand(x, y, 3, 0)  # the last epoch's two updates instead of one
+    assert max((a - b).abs().max() for a, b in zip(run.weights[2], more[2])) > 1e-3
+
+
+@pytest.mark.parametrize("adversary", ["dra", "pgd"])
+def test_methods_from_scratch(adversary, monkeypatch):
+    """Madry's is cross-entropy on the adversary alone; TRADES adds KL(p(x) || p(x')); both with
+    either adversary."""
+    model, x, y = network()
+    start, _, _ = network()
+    split = common.Split((255 * x).round().to(torch.uint8), y, torch.arange(len(y)))
+    run, = phases(monkeypatch, model, x, y, *ONE_STEP, "--method", "madry",
+                  "--adversary", adversary)
+    batch, labels, _ = next(common.train_batches(split, 10, 0, 0))  # seeds torch, as in training
+    x_adv = dra_finetune.attack(start, batch, labels, 0.05, adversary, 3, 2 / 3)
+    expected = F.cross_entropy(start(x_adv), labels).item()
+    assert run.history[0]["train/loss"] == pytest.approx(expected)
+    linf = (x_adv - batch).abs().max().item()
+    assert linf == pytest.approx(0.05) if adversary == "pgd" else linf > 0.06
+
+    model, _, _ = network()
+    run, = phases(monkeypatch, model, x, y, *ONE_STEP, "--method", "trades", "--lam", 3,
+                  "--adversary", adversary)
+    row = run.history[0]
+    batch, labels, _ = next(common.train_batches(split, 10, 0, 0))
+    x_adv = dra_finetune.attack(start, batch, start(batch).detach(), 0.05, adversary, 3, 2 / 3,
+                                common.kl, common.gaussian_start)
+    moved = (x_adv - batch).abs().flatten(1)
+    if adversary == "pgd":
+        assert moved.max() <= 0.05 + 1e-6
+    else:
+        assert (moved > 0).sum(1).max() <= round(2 / 3 * 16)
+    log_p = start(batch).log_softmax(1)
+    kl = F.kl_div(start(x_adv).log_softmax(1), log_p, log_target=True, reduction="batchmean")
+    ce = F.cross_entropy(start(batch), labels)
+    assert row["train/kl"] > 1e-4 and row["train/kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert row["train/ce_clean"] == pytest.approx(ce.item())
+    assert row["train/loss"] == pytest.approx(row["train/ce_clean"] + 3 * row["train/kl"])
+
+
+def test_the_dual(monkeypatch):
+    """Eqs. 8 and 9: lambda rises while the clean loss exceeds the first phase's, falls otherwise,
+    never below 0."""
+    model, x, y = network()
+    words = [*MNIST, *SECOND, "--method", "dual", "--dual-lr", "0.5", "--epochs", 2,
+             "--lr", "1e-12", "--weight-decay", 0]
+    state = dict(multiplier=torch.tensor(1.0), std=0.2, before=0.0)
+    run, = phases(monkeypatch, model, x, y, *words, state=state)
+    first, second = run.history
+    excess = first["train/ce_clean"] - 0.2
+    assert first["train/ce_clean"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
+    assert excess > 0 and first["train/multiplier"] == 1
+    assert second["train/multiplier"] == pytest.approx(1 + 0.5 * excess)
+    assert run.state["multiplier"].item() == pytest.approx(1 + 2 * 0.5 * excess)
+    for row in (first, second):
+        penalty = row["train/multiplier"] * excess
+        assert row["train/loss"] == pytest.approx(row["train/ce_adv"] + penalty)
+    state = dict(multiplier=torch.tensor(1.0), std=50.0, before=0.0)
+    run, = phases(monkeypatch, model, x, y, *words, state=state)
+    assert run.history[1]["train/multiplier"] == run.state["multiplier"] == 0
+    terms = dra_finetune.dual_loss(model, x, y, 0.0, "dra", 3, 2 / 3, torch.tensor(1.0), 0.2, 0.5)
+    assert {"ce_adv", "multiplier"} <= terms.keys()  # at eps 0, too
+    assert terms["ce_adv"] == terms["ce_clean"]
+
+
+def test_the_dual_makes_one_update(monkeypatch):
+    """lr times the gradient of eq. 8, whose excess is over the first phase's last network."""
+    model, x, y = network()
+    first, second = phases(monkeypatch, model, x, y, *ONE_STEP, "--method", "dual", "--lr", 2,
+                           "--pretrain-epochs", 3, "--pretrain-lr", 1)
+    twin, _, _ = network()
+    for p, value in zip(twin.parameters(), first.weights[-1]):
+        p.data = value
+    ce = F.cross_entropy(twin(x), y)
+    assert second.state["std"] == pytest.approx(ce.item(), rel=1e-5)
+    x_adv = dra_finetune.dra_attack(twin, x, y, 0.05, 3, 2 / 3)
+    loss = F.cross_entropy(twin(x_adv), y) + 1.0 * (ce - ce.item())
+    grads = torch.autograd.grad(loss, twin.parameters())
+    for p, grad, ours in zip(twin.parameters(), grads, second.weights[0]):
+        torch.testing.assert_close(ours, p - 2 * grad)
+        assert grad.abs().max() > 1e-3
 
 
 def test_the_first_phases_loss():
-    """Over the batches given, BatchNorm by their own statistics, which leave the network's as they were."""
+    """Over the batches given, BatchNorm by their own statistics, which leave the network's as they
+    were."""
     torch.manual_seed(0)
-    model = plain(torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3))).eval()
+    model = plain(torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(),
+                                      torch.nn.Linear(16, 3))).eval()
     batches = [(torch.rand(n, 1, 4, 4), torch.randint(0, 3, (n,)), None) for n in (8, 4)]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    value = dra_finetune.clean_loss(model, batches)
-    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items()) and not model.training
+    value = dra_finetune.mean_clean_loss(model, batches)
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert not model.training
     model.train()
     expected = sum(F.cross_entropy(model(x), y).item() * len(y) for x, y, _ in batches) / 12
     assert value == pytest.approx(expected)
 
 
-def test_schedule_and_settings():
-    """Section V.A: eps 2 to 0.5 of 255 over 50 epochs, then ten clean ones; MNIST constant; normalised units."""
-    args = dra_finetune.parse([])
-    eps = [255 * dra_finetune.eps_at(epoch, args) for epoch in range(60)]
+def radii(monkeypatch, *words):
+    """The adversary's eps in every epoch that main() trains; 0 in epochs without one."""
+    torch.manual_seed(0)
+    shape = common.DATASETS["mnist" if "mnist" in words else "cifar10"]["shape"]
+    model = plain(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2)))
+    images = torch.rand(4, shape[0], 8, 8)
+    model(images)
+    seen = []
+
+    def watched(model, x, target, eps, *_, **__):
+        seen.append(eps)
+        return x
+    with monkeypatch.context() as patch:
+        patch.setattr(dra_finetune, "attack", watched)
+        run, = phases(patch, model, images, torch.tensor([0, 1, 0, 1]), *words, *SECOND)
+    adversarial = [bool({"train/ce_adv", "train/kl"} & row.keys()) for row in run.history]
+    assert len(seen) == adversarial.count(True)
+    return [seen.pop(0) if attacked else 0.0 for attacked in adversarial]
+
+
+def test_eps_in_every_epoch(monkeypatch):
+    """Section V.A: eps 2 to 0.5 of 255 over 50 epochs, then ten clean ones; MNIST constant;
+    normalised units."""
+    eps = [255 * value for value in radii(monkeypatch)]
+    assert len(eps) == 60
     assert (eps[0], eps[49]) == (pytest.approx(2), pytest.approx(0.5)) and eps[50:] == [0] * 10
     steps = [a - b for a, b in zip(eps, eps[1:50])]
     assert max(steps) == pytest.approx(min(steps))
-    assert (args.model, args.attack_steps, args.batch_size, args.p) == ("resnet50", 5, 128, pytest.approx(1 / 3))
-    scaled = dra_finetune.parse(["--normalized-eps"])
-    assert 255 * dra_finetune.eps_at(0, scaled) == pytest.approx(2 * (0.2470 + 0.2435 + 0.2616) / 3)
-    mnist = dra_finetune.parse(["--dataset", "mnist"])
-    assert {dra_finetune.eps_at(epoch, mnist) for epoch in range(50)} == {0.1}
-    aimed = [evaluate.trained_eps(dict(dataset="cifar10", args=vars(scaled)), asked)[0] for asked in (False, True)]
-    assert [255 * eps for eps in aimed] == [pytest.approx(5.1 * common.pixel_scale("cifar10")), pytest.approx(5.1)]
-    assert 255 * evaluate.trained_eps(dict(dataset="cifar10", args=vars(args)), False)[0] == pytest.approx(5.1)
-    large = dra_finetune.parse(["--dataset", "mnist", "--eps", "0.3"])
-    assert {dra_finetune.eps_at(epoch, large) for epoch in range(50)} == {0.3}
-    assert dra_finetune.parse(["--epochs", "6"]).clean_epochs == 1
-    pgd = dra_finetune.parse(["--adversary", "pgd", "--eps", "2.55/255", "--eps-end", "2.55/255"])
-    assert 255 * dra_finetune.eps_at(0, pgd) == pytest.approx(2.55) == pytest.approx(255 * dra_finetune.eps_at(49, pgd))
-    madry = dra_finetune.parse(["--strategy", "madry"])
+    scaled = radii(monkeypatch, "--normalized-eps")
+    assert 255 * scaled[0] == pytest.approx(2 * (0.2470 + 0.2435 + 0.2616) / 3)
+    mnist = radii(monkeypatch, "--dataset", "mnist")
+    assert len(mnist) == 50 and set(mnist) == {0.1}
+    large = radii(monkeypatch, "--dataset", "mnist", "--eps", "0.3")
+    assert len(large) == 50 and set(large) == {0.3}
+    pgd = radii(monkeypatch, "--adversary", "pgd", "--eps", "2.55/255", "--eps-end", "2.55/255")
+    assert 255 * pgd[0] == pytest.approx(2.55) == pytest.approx(255 * pgd[49])
+    madry = radii(monkeypatch, "--method", "madry")
+    assert len(madry) == 100 and set(madry) == {8 / 255}  # table I
+    trades = radii(monkeypatch, "--dataset", "mnist", "--method", "trades", "--eps", "0.2")
+    assert set(trades) == {0.2}
+    tuned = radii(monkeypatch, "--adversary", "pgd")
+    assert [255 * tuned[0], 255 * tuned[49]] == [pytest.approx(5.1), pytest.approx(5.1 / 4)]
+    dual = [255 * value for value in radii(monkeypatch, "--method", "dual")]
+    assert (dual[0], dual[59]) == (pytest.approx(2), pytest.approx(0.5))
+    assert set(radii(monkeypatch, "--method", "vanilla")) == {0.0}
+
+
+def test_settings():
+    """The paper's for each method and adversary; what a method has no use for is refused."""
+    args = flags_of(dra_finetune)
+    assert (args.model, args.attack_steps, args.batch_size) == ("resnet50", 5, 128)
+    assert args.p == pytest.approx(1 / 3) and args.method == "finetune" and args.adversary == "dra"
+    scaled = flags_of(dra_finetune, "--normalized-eps")
+    stored = dict(dataset="cifar10", num_classes=10, input_shape=(3, 32, 32), args=vars(scaled))
+    aimed = [evaluate.trained_eps(stored, asked)[0] for asked in (False, True)]
+    scale = common.pixel_scale(common.dataset_facts("cifar10"))
+    assert [255 * eps for eps in aimed] == [pytest.approx(5.1 * scale), pytest.approx(5.1)]
+    aimed, _ = evaluate.trained_eps(dict(stored, args=vars(args)), False)
+    assert 255 * aimed == pytest.approx(5.1)
+    assert flags_of(dra_finetune, "--epochs", "6").clean_epochs == 1
+    madry = flags_of(dra_finetune, "--method", "madry")
     assert (madry.epochs, madry.lr, madry.clean_epochs, madry.adversary) == (100, 0.1, 0, "pgd")
-    assert dra_finetune.eps_at(0, madry) == dra_finetune.eps_at(99, madry) == 8 / 255  # table I
-    trades = dra_finetune.parse(["--dataset", "mnist", "--strategy", "trades", "--eps", "0.2"])
-    assert dra_finetune.eps_at(0, trades) == trades.pgd_eps == 0.2
-    tuned = dra_finetune.parse(["--adversary", "pgd"])
-    assert [255 * dra_finetune.eps_at(e, tuned) for e in (0, 49)] == [pytest.approx(5.1), pytest.approx(5.1 / 4)]
-    assert dra_finetune.parse(["--constraint", "dual"]).clean_epochs == 0
-    assert dra_finetune.eps_at(3, dra_finetune.parse(["--strategy", "vanilla"])) == 0
-    for flags in (["--constraint", "dual", "--strategy", "madry"], ["--clean-epochs", "60"], ["--p", "2"],
-                  ["--adversary", "pgd", "--p", "0.5"], ["--strategy", "trades", "--p", "0.5"], ["--lam", "1"],
-                  ["--dual-lr", "0.1"], ["--strategy", "vanilla", "--pretrain-epochs", "3"],
-                  ["--init", "v.pt", "--pretrain-lr", "0.1"], ["--eps", "1/255", "--eps-end", "2/255"],
-                  ["--constraint", "dual", "--clean-epochs", "1"]):
+    trades = flags_of(dra_finetune, "--dataset", "mnist", "--method", "trades", "--eps", "0.2")
+    assert trades.pgd_eps == 0.2
+    dual = flags_of(dra_finetune, "--method", "dual")
+    assert (dual.clean_epochs, dual.epochs, dual.lr, dual.adversary) == (0, 60, 0.01, "dra")
+    assert flags_of(dra_finetune, "--strategy", "dual") == dual
+    for words in (["--constraint", "dual"], ["--clean-epochs", "60"], ["--p", "2"],
+                  ["--method", "finetune", "--adversary", "pgd", "--p", "0.5"],
+                  ["--adversary", "pgd", "--p", "1/3"], ["--method", "trades", "--p", "0.5"],
+                  ["--lam", "1"], ["--dual-lr", "0.1"], ["--method", "madry", "--dual-lr", "0.1"],
+                  ["--method", "vanilla", "--pretrain-epochs", "3"],
+                  ["--method", "madry", "--pretrain-lr", "0.1"],
+                  ["--method", "vanilla", "--attack-steps", "5"],
+                  ["--init", "v.pt", "--pretrain-lr", "0.1"],
+                  ["--eps", "1/255", "--eps-end", "2/255"],
+                  ["--method", "dual", "--clean-epochs", "1"],
+                  ["--method", "madry", "--clean-epochs", "1"]):
         with pytest.raises(common.UsageError):
-            dra_finetune.parse(flags)
+            flags_of(dra_finetune, *words)
 
 
-def test_crops_without_flips():
-    """MNIST's augmentation moves the digits and never mirrors them."""
+@pytest.mark.parametrize("schedule", ["paper", "onecycle"])
+def test_learning_rates(schedule, monkeypatch):
+    """onecycle: one cycle per phase, a new rate at every step; paper: a cosine per phase, a new
+    rate at every epoch."""
+    model, x, y = network()
+    seen = []
+    real = common.set_lr
+
+    def watched(optimizer, lr):
+        seen.append(lr)
+        real(optimizer, lr)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "set_lr", watched)
+        runs = phases(patch, model, x, y, *MNIST, "--batch-size", 5, "--schedule", schedule,
+                      "--pretrain-epochs", 3, "--pretrain-lr", "0.2", "--epochs", 5, "--lr", "0.1",
+                      "--clean-epochs", 1)
+    expected = []
+    for highest, epochs in ((0.2, 3), (0.1, 5)):
+        steps = np.arange(2 * epochs)
+        if schedule == "onecycle":
+            share = np.interp((steps + 0.5) / (2 * epochs), [0, 0.3, 1], [0, 1, 0])
+        else:
+            share = (1 + np.cos(np.pi * (steps // 2) / epochs)) / 2
+        expected += list(highest * share)
+    assert seen == pytest.approx(expected)
+    rows = [row["lr"] for run in runs for row in run.history]
+    assert rows == seen[1::2]
+
+
+def test_crops_without_flips(monkeypatch):
+    """MNIST's augmentation moves the digits and never mirrors them, in both phases."""
     torch.manual_seed(0)
     x = torch.zeros(400, 1, 8, 8)
     x[:, :, 4, 4:6] = torch.tensor([0.2, 0.9])  # dark before bright
-    moved, flipped = common.crop_and_flip(x, "crop"), common.crop_and_flip(x)
-    mirrored = lambda images: ((images[..., :-1] == 0.9) & (images[..., 1:] == 0.2)).flatten(1).any(1)
+
+    def mirrored(images):
+        return ((images[..., :-1] == 0.9) & (images[..., 1:] == 0.2)).flatten(1).any(1)
+    moved = common.crop_and_flip(x, "crop")
+    flipped = common.crop_and_flip(x)
     assert not mirrored(moved).any() and 0.2 < mirrored(flipped).float().mean() < 0.6
     assert not torch.equal(moved, x) and (moved.sum((1, 2, 3)) > 1).float().mean() > 0.4
+    used = []
+    model, x, y = network()
+
+    def watched(x, augment):
+        used.append(augment)
+        return x
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "crop_and_flip", watched)
+        phases(patch, model, x, y, "--dataset", "mnist", "--epochs", 2, "--pretrain-epochs", 1)
+    assert used == ["crop"] * 3
+    assert flags_of(dra_finetune).augment == "crop-flip"
 
 
-@pytest.mark.parametrize("flags", [[], ["--constraint", "dual"], ["--adversary", "pgd"], ["--strategy", "trades"],
-                                   ["--strategy", "madry"], ["--strategy", "vanilla"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--method", "dual"], ["--adversary", "pgd"],
+                                   ["--strategy", "trades"], ["--method", "madry"],
+                                   ["--method", "vanilla"]], ids=" ".join)
 def test_launch_resume_evaluate(tmp_path, flags, capsys):
-    """Both phases in one go equal two interruptions, one in each phase; the first phase's network is a run of its own,
-    from which --init starts the second."""
-    vanilla, two = "vanilla" in flags, "--strategy" not in flags
+    """Both phases in one go equal two interruptions, one in each phase; the first phase's network
+    is a run of its own, from which --init starts the second."""
+    script = [dra_finetune.main, "dra_finetune.py"]
+    vanilla = "vanilla" in flags
+    two = flags in ([], ["--method", "dual"], ["--adversary", "pgd"])
     words = [*(SHORT[:-2] if vanilla else SHORT), *flags, "--epochs", "3"]
-    words += (two and "dual" not in flags) * ["--clean-epochs", "0"]
-    both = [*words, *two * ["--pretrain-epochs", "2"]]
-    run_main(dra_finetune.main, "dra_finetune.py", *both, "--ckpt", tmp_path / "whole.pt")
+    if two and "dual" not in flags:
+        words += ["--clean-epochs", "0"]
+    whole_words = [*words, "--pretrain-epochs", "2"] if two else words
+    run_main(*script, *whole_words, "--ckpt", tmp_path / "whole.pt")
     at = (2, 5) if two else (2,)
-    run_interrupted(dra_finetune.main, "dra_finetune.py", at, *both, "--ckpt", tmp_path / "cut.pt")
+    run_interrupted(*script, at, *whole_words, "--ckpt", tmp_path / "cut.pt")
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
-    assert all(torch.equal(v, cut["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
-    assert whole["method_state"]["lam"] == cut["method_state"]["lam"]
+    assert_same_weights(whole, cut)
+    assert whole["method_state"]["multiplier"] == cut["method_state"]["multiplier"]
     assert (tmp_path / "whole.vanilla.pt").exists() == two
     if two:
         capsys.readouterr()
-        run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "third.pt", "--init",
-                 tmp_path / "whole.vanilla.pt")
+        second = [*words, "--ckpt", tmp_path / "third.pt", "--init", tmp_path / "whole.vanilla.pt"]
+        run_main(*script, *second)
         third = torch.load(tmp_path / "third.pt", weights_only=True)
-        assert all(torch.equal(v, third["last"]["state_dict"][k]) for k, v in whole["last"]["state_dict"].items())
-        assert "% before," in capsys.readouterr().out and not (tmp_path / "third.vanilla.pt").exists()
+        assert_same_weights(whole, third)
+        assert "% before," in capsys.readouterr().out
+        assert not (tmp_path / "third.vanilla.pt").exists()
         (tmp_path / "whole.vanilla.pt").unlink()  # third.resume.pt alone suffices to go on
-        run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "third.pt", "--init",
-                 tmp_path / "whole.vanilla.pt", "--resume")
+        run_main(*script, *second, "--resume")
     with pytest.raises(common.UsageError, match="--overwrite replaces it"):
-        run_main(dra_finetune.main, "dra_finetune.py", *words, "--ckpt", tmp_path / "whole.pt")
-    run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.pt", "--limit", 50, "--attacks",
-             "clean,pgd-3,dra-3:0.02", "--p", "0.5", "--normalized-eps")
-    outcomes = {o["attack"]: o for o in json.loads((tmp_path / "cut.eval.json").read_text())}
+        run_main(*script, *words, "--ckpt", tmp_path / "whole.pt")
+    run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.pt", "--limit", 50,
+             "--attacks", "clean,pgd-3,dra-3:0.02", "--p", "0.5", "--normalized-eps")
+    outcomes = json.loads((tmp_path / "cut.eval.json").read_text())
+    outcomes = {outcome["attack"]: outcome for outcome in outcomes}
     assert list(outcomes) == ["clean", "pgd-3 normalised", "dra-3:0.02 normalised"]
-    assert outcomes["pgd-3 normalised"]["eps"] == pytest.approx(0.1)  # that of training, which was in pixels
-    assert outcomes["dra-3:0.02 normalised"]["eps"] == pytest.approx(0.02 * common.pixel_scale("digits"))
+    # that of training, which was in pixels
+    assert outcomes["pgd-3 normalised"]["eps"] == pytest.approx(0.1)
+    scale = common.pixel_scale(common.dataset_facts("digits"))
+    assert outcomes["dra-3:0.02 normalised"]["eps"] == pytest.approx(0.02 * scale)
     assert outcomes["dra-3:0.02 normalised"]["p"] == 0.5
+
+
+def assert_same_weights(one, other):
+    """Bit for bit, after the last epoch of two checkpoints."""
+    one = one["last"]["state_dict"]
+    other = other["last"]["state_dict"]
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

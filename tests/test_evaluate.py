@@ -11,7 +11,7 @@ from torch import nn
 
 import common
 import evaluate
-from conftest import Linear, plain, run_main
+from conftest import Linear, flags_of, plain, run_main
 
 
 def evaluate_main(*words):
@@ -24,7 +24,7 @@ def batch(n, shape=(1, 3, 3), low=0.0, high=1.0, seed=1):
 
 
 def attack(name, eps=0.1, **options):
-    return evaluate.parse_attacks(name, "digits", eps, **options)[0]
+    return evaluate.parse_attacks(name, common.dataset_facts("digits"), eps, **options)[0]
 
 
 def run(name, model, x, y, eps=0.1, **options):
@@ -155,7 +155,7 @@ def test_autoattack_of_a_foreign_network_is_the_packages(foreign):
     folder, net = foreign
     words = ["--dataset", "digits", "--model", f"{folder}/net.py:make", "--eps", "0.07", "--limit", 24, "--seed", 5]
     evaluate_main("--ckpt", folder / "weights.pt", *words, "--attacks", "clean,aa")
-    test = evaluate.load_test("digits", "data", 24, "cpu")
+    test = evaluate.load_test(common.dataset_facts("digits"), "data", 24, "cpu")
     x, y = common.to_float(test.images).contiguous(), test.labels
     adversary = AutoAttack(net, eps=0.07, seed=5)
     x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=24)
@@ -204,23 +204,23 @@ def test_few_classes(classes):
 
 def test_too_many_classes_are_refused():
     with pytest.raises(common.UsageError, match="99 wrong classes is out of reach"):
-        evaluate.parse_attacks("multi-20", "cifar100", 0.03)
+        evaluate.parse_attacks("multi-20", common.dataset_facts("cifar100"), 0.03)
     with pytest.raises(common.UsageError, match="no corrupted copy"):
-        evaluate.parse_attacks("corruptions", "mnist", 0.3)
+        evaluate.parse_attacks("corruptions", common.dataset_facts("mnist"), 0.3)
 
 
 def test_names_compose():
     """Radius and step by name: pgd-20:0.2 has its own eps; the papers' steps; a step never exceeds its radius."""
-    a, b = evaluate.parse_attacks("pgd-20x3:1/10, un-4", "mnist", 0.3)
+    a, b = evaluate.parse_attacks("pgd-20x3:1/10, un-4", common.dataset_facts("mnist"), 0.3)
     assert (a.eps, a.restarts, a.steps, a.start) == (0.1, 3, 20, "ball") and b.eps == 0.3
     assert a.step == pytest.approx(1.25 * 0.1 / 20) and b.step == pytest.approx(1.25 * 0.3 / 4)
-    assert evaluate.parse_attacks("pgd-20", "mnist", 0.1, step="eps/steps")[0].step == pytest.approx(0.005)
-    assert evaluate.parse_attacks("pgd-20", "mnist", 0.005, step=0.01)[0].step == 0.005
+    assert evaluate.parse_attacks("pgd-20", common.dataset_facts("mnist"), 0.1, step="eps/steps")[0].step == pytest.approx(0.005)
+    assert evaluate.parse_attacks("pgd-20", common.dataset_facts("mnist"), 0.005, step=0.01)[0].step == 0.005
     for protocol, plans in evaluate.PROTOCOLS.items():
         for dataset, plan in plans.items():
             many = common.DATASETS[dataset]["classes"] > 20
             names = plan["attacks"].replace(",multi-20x5", "") if many else plan["attacks"]
-            parsed = [a.name for a in evaluate.parse_attacks(names, dataset, 0.1, plan["step"], plan["start"])]
+            parsed = [a.name for a in evaluate.parse_attacks(names, common.dataset_facts(dataset), 0.1, plan["step"], plan["start"])]
             assert protocol == "common" or set(plan["few"]) >= {n for n in parsed if n in ("aa", "multi-50x20")}
 
 
@@ -237,7 +237,7 @@ def test_saved_images_reproduce_the_accuracy(digits_run, tmp_path):
     file = tmp_path / "adv.npz"
     evaluate_main("--ckpt", digits_run, "--attacks", "fgsm,un-5x2", "--limit", 80, "--save-adv", file)
     model, _ = common.load_model(digits_run)
-    clean = common.to_float(evaluate.load_test("digits", "data", 80, "cpu").images)
+    clean = common.to_float(evaluate.load_test(common.dataset_facts("digits"), "data", 80, "cpu").images)
     with np.load(file) as saved:
         for outcome in json.loads((tmp_path / "run.eval.json").read_text()):
             images, labels = (saved[f"{outcome['attack']}/{name}"] for name in ("images", "labels"))
@@ -312,7 +312,7 @@ def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path):
     evaluate_main("--ckpt", digits_run, *words, "--transfer", "pgd-3x3")
     images = torch.from_numpy(np.load(next(tmp_path.glob("source.pgd-3x3-*.npy"))))
     model, _ = common.load_model(digits_run)
-    y = evaluate.load_test("digits", "data", 60, "cpu").labels
+    y = evaluate.load_test(common.dataset_facts("digits"), "data", 60, "cpu").labels
     right = torch.stack([evaluate.logits_of(model, x).argmax(1) == y for x in images])
     outcome = json.loads((tmp_path / "run.eval.json").read_text())[-1]
     assert images.shape == (3, 60, 1, 28, 28) and outcome["attack"] == "pgd-3x3@lenet+"
@@ -325,7 +325,7 @@ def test_corruptions(tmp_path, capsys):
     labels = rng.integers(0, 10, 30)
     images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "cifar10.npz", test_images=images, test_labels=labels)
-    model = common.build_model("wrn-10-1", "cifar10")
+    model = common.build_model("wrn-10-1", common.dataset_facts("cifar10"))
     torch.save(model.net.state_dict(), tmp_path / "w.pt")
     words = ["--ckpt", tmp_path / "w.pt", "--dataset", "cifar10", "--model", "wrn-10-1", "--data-dir", tmp_path]
     with pytest.raises(common.UsageError, match="CIFAR-10-C.*zenodo.org/records/2535967"):
@@ -383,7 +383,8 @@ def test_normalised_radii(digits_run, tmp_path, capsys):
     assert outcome["attack"] == "pgd-3 normalised" and outcome["eps"] == pytest.approx(own)
     args = evaluate.parse([*map(str, words), "--protocol", "common"])
     args.p = 1 / 3
-    sizes = {attack.name: n for attack, _, n in evaluate.plan(args, "mnist", 0.3, None, torch.device("cpu"))}
+    todo = evaluate.plan(args, common.dataset_facts("mnist"), 0.3, None, torch.device("cpu"))
+    sizes = {attack.name: n for attack, _, n in todo}
     assert sizes["aa normalised"] == 500 and sizes["rays-40000 normalised"] == 200
     name = f"pgd-20:0.1{evaluate.NORMALISED}"
     outcomes = [dict(attack="clean", accuracy=0.9, n=10, eps=None), dict(attack=name, accuracy=0.625, n=10, eps=0.1)]
@@ -391,21 +392,26 @@ def test_normalised_radii(digits_run, tmp_path, capsys):
     assert "62.50" in capsys.readouterr().out
 
 
+def of_mnist(args):
+    """As much of a checkpoint as says what its radii are."""
+    return dict(dataset="mnist", num_classes=10, input_shape=(1, 28, 28), args=args)
+
+
 def test_dra_is_evaluated_as_it_was_trained():
     """Its own eps and p, PGD at the radius of validation."""
     import dra_finetune
-    trained = vars(dra_finetune.parse(["--dataset", "mnist"]))
-    own, mean_eps = evaluate.trained_eps(dict(dataset="mnist", args=trained), False)
+    trained = vars(flags_of(dra_finetune, "--dataset", "mnist"))
+    own, mean_eps = evaluate.trained_eps(of_mnist(trained), False)
     assert (own, mean_eps) == (pytest.approx(0.3), 0.1)
-    dra, pgd = evaluate.parse_attacks("dra-5,pgd-5", "mnist", own, mean_eps=mean_eps)
+    dra, pgd = evaluate.parse_attacks("dra-5,pgd-5", common.dataset_facts("mnist"), own, mean_eps=mean_eps)
     assert (dra.eps, pgd.eps) == (0.1, own)
-    trained = vars(dra_finetune.parse(["--dataset", "mnist", "--strategy", "madry"]))
-    assert evaluate.trained_eps(dict(dataset="mnist", args=trained), False) == (0.3, None)
+    trained = vars(flags_of(dra_finetune, "--dataset", "mnist", "--strategy", "madry"))
+    assert evaluate.trained_eps(of_mnist(trained), False) == (0.3, None)
 
 
 def verdict(model, outcomes=(), curve=None):
-    test = evaluate.load_test("digits", "data", 50, "cpu")
-    curve = curve or evaluate.curves(model, test, "digits", 0.1, 100, 0)
+    test = evaluate.load_test(common.dataset_facts("digits"), "data", 50, "cpu")
+    curve = curve or evaluate.curves(model, test, common.dataset_facts("digits"), 0.1, 100, 0)
     dead = evaluate.dead_gradients(model, test, 100)
     tests = evaluate.sanity(curve, dead, 10, 0.1, list(outcomes))
     return {finding.split(":")[0]: passed for passed, finding in tests}, curve
@@ -498,7 +504,7 @@ def test_a_record_belongs_to_one_way_of_using_the_weights(foreign, tmp_path):
         "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 10)\n"
         "    def forward(self, x):\n        return self.fc(self.conv(x).view(-1, 4 * 26 * 26))\n")
-    torch.save(common.imported_net(f"{tmp_path}/view.py:Net").state_dict(), tmp_path / "view.pt")
+    torch.save(common.imported_net(f"{tmp_path}/view.py:Net", 10).state_dict(), tmp_path / "view.pt")
     evaluate_main("--ckpt", tmp_path / "view.pt", *words[2:], "--model", f"{tmp_path}/view.py:Net")
 
 

@@ -1,5 +1,6 @@
 """Runs as a user sees them: launches, resuming, refusals, checkpoints, evaluation."""
 
+import importlib
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ import torch
 import common
 import evaluate
 import sat_rx
-from conftest import random_mnist, run_main
+from conftest import flags_of, random_mnist, run_main
 
 ROOT = Path(__file__).parent.parent
+DIGITS = common.dataset_facts("digits")
 SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25"]
 
 
@@ -46,7 +48,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method", sat_rx.METHODS.keys() - {"eat"})
+METHODS = ["nt", "fgsm-at", "rfgsm-at", "pgd-at", "trades", "r1", "r2", "r3"]  # all but eat
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_launch_then_evaluate(tmp_path, method, capsys):
     """Every method trains on real digits and evaluate.py reads what it wrote; its counts are right."""
     path = tmp_path / "run.pt"
@@ -59,7 +64,7 @@ def test_launch_then_evaluate(tmp_path, method, capsys):
         assert outcome["largest"] <= 0.1 + 1e-6 and (outcome["largest"] > 0) == (name != "clean")
     history = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in history] == [1, 2]
-    assert {"train/loss", "val/clean", "val/ifgsm-3", "val/fgsm", "val/pgd-10", "masking/loss_gap"} <= history[0].keys()
+    assert {"train/loss", "val/clean", "val/ifgsm-3", "val/fgsm", "val/pgd", "masking/loss_gap"} <= history[0].keys()
     best = torch.load(path, weights_only=True)["best"]
     metric = "val/clean" if method == "nt" else "val/ifgsm-3"
     assert best["metric"] == max(row[metric] for row in history) == history[best["epoch"] - 1][metric]
@@ -79,7 +84,7 @@ def test_eat_and_transfer(tmp_path, capsys):
     assert images == {p: p.stat().st_mtime_ns for p in tmp_path.glob("source.*.npy")}
     outcomes = {o["attack"]: o for o in json.loads((tmp_path / "run.eval.json").read_text())}
     assert list(outcomes) == ["clean", "fgsm@eat-d", "mi-fgsm-4@eat-d"]
-    test = evaluate.load_test("digits", "data", 50, "cpu")
+    test = evaluate.load_test(DIGITS, "data", 50, "cpu")
     (target, _), (surrogate, _) = common.load_model(path), common.load_model(source)
     x_adv = common.fgsm(surrogate, common.to_float(test.images), test.labels, 0.1)
     assert outcomes["fgsm@eat-d"]["accuracy"] == (target(x_adv).argmax(1) == test.labels).double().mean().item()
@@ -96,7 +101,7 @@ def test_accuracies_are_those_of_a_plain_loop(train, tmp_path):
     assert [o["accuracy"] for o in other] == [clean["accuracy"], attacked["accuracy"]]
     flags = np.load(tmp_path / "run.eval.npz")
     model, _ = common.load_model(path)
-    test = evaluate.load_test("digits", "data", None, "cpu")
+    test = evaluate.load_test(DIGITS, "data", None, "cpu")
     counts = [0, 0]
     for i, (image, label) in enumerate(zip(test.images, test.labels)):
         x = (image[None] / 255).requires_grad_(True)
@@ -110,28 +115,46 @@ def test_accuracies_are_those_of_a_plain_loop(train, tmp_path):
     assert attacked["accuracy"] == pytest.approx(counts[1] / 360, abs=1.1 / 360) and attacked["accuracy"] < 0.9
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.4])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, delay):
-    """SIGKILL some time after the first save, then --resume: the same weights bit for bit, the same history."""
-    words = ["--method", "r2", "--epochs", 16, "--wandb", "disabled", *SHORT]
-    assert shell("sat_rx.py", *words, "--ckpt", tmp_path / "whole.pt")[0] == 0
-    process = subprocess.Popen([sys.executable, ROOT / "sat_rx.py", *map(str, words), "--ckpt", tmp_path / "cut.pt"],
-                               stdout=subprocess.DEVNULL)
+SHORT_RUNS = {  # script -> a run of some seconds and of so many epochs
+    "sat_rx": (12, ["--method", "r2", "--epochs", 12]),
+    "atlas": (12, ["--epochs", 12, "--ramp", 3, "--val-steps", 2]),
+    "iaat": (10, ["--epochs", 10, "--warmup", 2, "--attack-steps", 2, "--limit", 60]),
+    "dra_finetune": (12, ["--epochs", 12, "--pretrain-epochs", 1, "--attack-steps", 2]),
+    "teacher_saliency": (12, ["--teacher-epochs", 1, "--align-epochs", 6, "--ks", "90,50",
+                              "--k-epochs", 3, "--attack-steps", 1]),
+}
+
+
+def history_of(path):
+    """The lines of a run.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items()
+             if name not in ("seconds", "cost/ms_per_batch")} for row in rows]
+
+
+@pytest.mark.parametrize("script", SHORT_RUNS)
+def test_launch_killed_and_resumed_equals_uninterrupted(tmp_path, script):
+    """SIGKILL some time after the first save, then --resume: the same weights and history."""
+    epochs, words = SHORT_RUNS[script]
+    words = [*SHORT, *words, "--precision", "float32"]
+    assert shell(f"{script}.py", *words, "--ckpt", tmp_path / "whole.pt")[0] == 0
+    command = [sys.executable, ROOT / f"{script}.py", *words, "--ckpt", tmp_path / "cut.pt"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     while not (tmp_path / "cut.resume.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(delay)
+    time.sleep(0.2 * list(SHORT_RUNS).index(script) / 4)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = torch.load(tmp_path / "cut.resume.pt", weights_only=True)["last"]["epoch"]
-    assert 1 <= done < 16, "killed too late to show anything"
-    code, out, _ = shell("sat_rx.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
-    assert code == 0 and f"goes on after epoch {done}" in out
+    assert 1 <= done < epochs, "killed too late to show anything"
+    code, out, err = shell(f"{script}.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
+    assert code == 0 and f"goes on after epoch {done}" in out, err
     for which in ("best", "last"):
         assert same(weights(tmp_path / "whole.pt", which), weights(tmp_path / "cut.pt", which))
-    histories = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                  for line in (tmp_path / name).read_text().splitlines()] for name in ("whole.jsonl", "cut.jsonl")]
-    assert histories[0] == histories[1] and len(histories[0]) == 16
+    assert history_of(tmp_path / "whole.jsonl") == history_of(tmp_path / "cut.jsonl")
+    assert len(history_of(tmp_path / "cut.jsonl")) == epochs
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_killed_between_two_files(tmp_path, monkeypatch):
@@ -194,14 +217,14 @@ def weights_of(content):
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     """The error names epoch, step and term, and nothing broken is saved: here the first epoch is good."""
     path = tmp_path / "run.pt"
-    real = sat_rx.sat_loss
+    real = sat_rx.r2_loss
 
-    def broken(model, x, y, args):
-        terms = real(model, x, y, args)
+    def broken(*arguments):
+        terms = real(*arguments)
         broken.calls += 1
         return dict(terms, loss=terms["loss"] * (float("inf") if broken.calls > 6 else 1))
     broken.calls = 0
-    monkeypatch.setattr(sat_rx, "sat_loss", broken)
+    monkeypatch.setattr(sat_rx, "r2_loss", broken)
     with pytest.raises(common.UsageError, match="loss is (inf|nan) at epoch 2, step 3"):
         train("--method", "r2", "--epochs", 3, "--ckpt", path)
     saved = torch.load(path, weights_only=True)
@@ -228,6 +251,13 @@ BAD = [  # command line -> what the message must name
     ("sat_rx.py --dataset digits --ckpt run.bin", "end in .pt"), ("sat_rx.py --dataset digits --val 1437", "--val"),
     ("sat_rx.py --dataset digits --ckpt /dev/null/run.pt", "cannot be written"),
     ("sat_rx.py --dataset digits --init nothing.pt", "nothing.pt"), ("sat_rx.py --method eat", "--source"),
+    ("sat_rx.py --dataset digits --resume", "needs --ckpt"),
+    ("sat_rx.py --dataset digits --limit 9 --ckpt new/run.pt --init nothing.pt", "nothing.pt"),
+    ("sat_rx.py --method trade --dataset digits", "did you mean trades"),
+    ("sat_rx.py --epsilon 8/255", "did you mean --eps"),
+    ("sat_rx.py --dataset mnits", "did you mean mnist"),
+    ("sat_rx.py --dataset digits --classes 0,10", "classes 0 to 9"),
+    ("sat_rx.py --dataset digits --classes 3", "2 or more"),
     ("evaluate.py", "--ckpt"), ("evaluate.py --ckpt nothing.pt", "nothing.pt"),
     ("evaluate.py --ckpt .", "cannot be read"), ("evaluate.py --ckpt x.pt --limit -1", "limit"),
     ("evaluate.py --ckpt x.pt --protocol magic", "magic"),
@@ -240,14 +270,14 @@ def test_bad_input_is_named(line, named, tmp_path, monkeypatch):
     script, *words = line.split()
     with pytest.raises(common.UsageError, match=named.replace(".", r"\.")):
         run_main({"sat_rx.py": sat_rx, "evaluate.py": evaluate}[script].main, script, *words)
-    assert not list(tmp_path.glob("**/*.pt"))
+    assert not any(tmp_path.iterdir()), "nothing is left behind: no folder, lock or W&B run"
 
 
 @pytest.mark.parametrize("name", ["magic", "pgd", "fgsm-3", "pgd-0", "clean,,fgsm", "ifgsm-3x2", "pgd-3x0", "PGD-3",
                                   "aa-5", "clean:0.1", "deepfool:0.1", "rays", "multi-3x0", "cw-l2x2"])
 def test_unknown_attacks_are_named(name):
     with pytest.raises(common.UsageError, match="is no attack: choose from clean, noise, fgsm"):
-        evaluate.parse_attacks(name, "mnist", 0.3)
+        evaluate.parse_attacks(name, common.dataset_facts("mnist"), 0.3)
 
 
 def test_bad_input_ends_in_one_line(tmp_path):
@@ -371,7 +401,8 @@ def test_export_and_results(tmp_path):
     path, half = tmp_path / "run.pt", tmp_path / "half.pt"
     train("--method", "nt", "--epochs", 2, "--ckpt", path)
     evaluate_main("--ckpt", path, "--export", half)
-    assert half.stat().st_size < 0.3 * path.stat().st_size
+    parameters = sum(v.numel() for v in weights(path, "best").values())
+    assert 2 * parameters < half.stat().st_size < 2.1 * parameters
     evaluate_main("--ckpt", half, "--attacks", "clean,pgd-3", "--limit", 60, "--results", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert [o["attack"] for o in results["outcomes"]] == ["clean", "pgd-3"]
@@ -435,10 +466,164 @@ def test_precision_of_evaluation_is_said(tmp_path, capsys):
 def test_vanished_gradients_are_reported(train):
     """The share of zero gradients: none for a trained network, all for one that gives up its gradient."""
     model, _ = common.load_model(train("nt", "--epochs", "4"))
-    test = evaluate.load_test("digits", "data", 60, "cpu")
+    test = evaluate.load_test(DIGITS, "data", 60, "cpu")
     assert evaluate.dead_gradients(model, test, 30) == 0
     forward = model.net.forward
     model.net.forward = lambda x: forward(x.round()) + 0 * x.sum()
     assert evaluate.dead_gradients(model, test, 30) == 1
     model.net.forward = lambda x: forward(x) * 1e5  # saturated: the cross-entropy of a certain prediction is flat
     assert evaluate.dead_gradients(model, test, 30) > 0.5
+
+
+# ------------------------------------------------------------- a copy, and data of the user's own
+
+NEW_LOSS = """def mine_loss(model, x, y, eps, lam):
+    x_adv = common.fgsm(model, x, y, eps)
+    ce_clean = common.cross_entropy(model(x), y).mean()
+    ce_adv = common.cross_entropy(model(x_adv), y).mean()
+    return dict(loss=ce_clean + lam * ce_adv, ce_clean=ce_clean, ce_adv=ce_adv)
+
+
+def main():
+"""
+NEW_LINE = """    losses = {
+        "mine": lambda x, y: mine_loss(model, x, y, args.eps, args.lam),
+"""
+
+
+def test_launch_of_a_copy_with_a_loss_of_its_own(tmp_path):
+    """cp sat_rx.py mine.py, five lines and one line: it trains, and says `mine` everywhere."""
+    source = (ROOT / "sat_rx.py").read_text()
+    assert source.count("def main():\n") == 1 and source.count("    losses = {\n") == 1
+    copy = source.replace("def main():\n", NEW_LOSS).replace("    losses = {\n", NEW_LINE)
+    (tmp_path / "mine.py").write_text(copy)
+    shutil.copy(ROOT / "common.py", tmp_path)
+
+    def run(*words):
+        command = [sys.executable, "mine.py", *SHORT, "--epochs", 2, *words]
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    code, out, err = run("--method", "mine", "--lam", 2)
+    assert code == 0, err
+    path, = [p for p in (tmp_path / "runs").glob("mine-digits-*.pt") if ".resume" not in p.name]
+    saved = torch.load(path, weights_only=True)
+    assert saved["script"] == "mine" and saved["source"] == copy
+    assert "mine on digits" in out and f"runs/{path.name}" in out
+    row = saved["history"][0]
+    expected = row["train/ce_clean"] + 2 * row["train/ce_adv"]
+    assert row["train/loss"] == pytest.approx(expected, rel=1e-4)
+    before = sorted(tmp_path.rglob("*"))
+    for words, named in ((["--method", "mien", "--lam", 2], "did you mean mine?"),
+                         (["--method", "mine"], "reads --lam, which has no default"),
+                         (["--method", "mine", "--lam", 2, "--tau", 1], "no use for --tau")):
+        code, out, err = run(*words)
+        assert code == 2 and named in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
+    (tmp_path / "mine.py").write_text(copy.replace(NEW_LINE, "    losses = {\n"))
+    assert "invalid choice: 'mine'" in run("--method", "mine")[2], "a loss that is in no line"
+
+
+def own_data(folder, name, shape, classes):
+    """Write folder/NAME.npz of 400 training and 80 test images that show their class."""
+    rng = np.random.default_rng(0)
+    pattern = rng.integers(0, 256, (classes, *shape))
+    arrays = {}
+    for split, n in (("train", 400), ("test", 80)):
+        labels = rng.integers(0, classes, n)
+        labels[:classes] = np.arange(classes)
+        noise = rng.integers(0, 256, (n, *shape))
+        arrays[f"{split}_images"] = (0.8 * pattern[labels] + 0.2 * noise).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels
+    np.savez(folder / f"{name}.npz", **arrays)
+
+
+OWN_RUNS = {
+    "sat_rx": ["--epochs", 2], "atlas": ["--epochs", 2, "--ramp", 1],
+    "iaat": ["--epochs", 2, "--warmup", 1, "--attack-steps", 2],
+    "dra_finetune": ["--epochs", 2, "--pretrain-epochs", 1, "--attack-steps", 2],
+    "teacher_saliency": ["--teacher-epochs", 4, "--align-epochs", 1, "--ks", 50, "--k-epochs", 1]}
+
+
+@pytest.mark.parametrize("script", OWN_RUNS)
+@pytest.mark.parametrize("shape, classes, like", [((20, 20), 3, "mnist"),
+                                                  ((32, 32, 3), 20, "cifar10")])
+def test_launch_on_data_of_ones_own(tmp_path, script, shape, classes, like, capsys):
+    """A grey and a coloured NAME.npz train and evaluate; what is missing or wrong is said."""
+    own_data(tmp_path, "mine", shape, classes)
+    main = importlib.import_module(script).main
+    words = ["--dataset", "mine", "--data-dir", tmp_path, "--model", "cnn-small", "--batch-size",
+             50, *OWN_RUNS[script], "--ckpt", tmp_path / "run.pt"]
+    with pytest.raises(common.UsageError, match="--dataset mine needs --eps"):
+        run_main(main, f"{script}.py", *words)
+    run_main(main, f"{script}.py", *words, "--eps", "4/255", "--normalize", "dataset")
+    out = capsys.readouterr().out
+    assert f"mine: the script takes the settings of {like}" in out
+    assert "--data-dir" in out.splitlines()[-1] or "--data-dir" in out.splitlines()[-2]
+    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 100
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert saved["num_classes"] == classes and tuple(saved["input_shape"][1:]) == shape[:2]
+    assert saved["args"]["val"] in (0, 40) and saved["args"]["eps"] == 4 / 255
+    evaluate_main("--ckpt", tmp_path / "run.pt", "--data-dir", tmp_path, "--attacks",
+                  "clean,pgd-3", "--eps", "4/255")
+    outcomes = json.loads((tmp_path / "run.eval.json").read_text())
+    assert [(o["attack"], o["n"]) for o in outcomes] == [("clean", 80), ("pgd-3", 80)]
+    assert 0 < outcomes[1]["largest"] <= 4 / 255 + 1e-6
+    for name in EPS_FOLLOWERS[script]:
+        assert 0 <= saved["args"][name] <= 4 / 255, f"{name} does not follow --eps"
+
+
+EPS_FOLLOWERS = {
+    "sat_rx": ["eps_low", "rfgsm_alpha", "step_size"], "atlas": ["step_size"],
+    "iaat": ["gamma", "step_size", "eps_min"], "dra_finetune": ["eps_end"],
+    "teacher_saliency": ["step_size"]}
+
+
+def test_classes_are_kept_in_the_checkpoint(tmp_path):
+    """--classes 7,0,1: three logits, evaluated on the test images of these classes alone."""
+    path = tmp_path / "run.pt"
+    train("--method", "nt", "--epochs", 2, "--classes", "7,0,1", "--ckpt", path)
+    saved = torch.load(path, weights_only=True)
+    assert saved["num_classes"] == 3 and saved["args"]["classes"] == [7, 0, 1]
+    evaluate_main("--ckpt", path, "--attacks", "clean", "--limit", 0)
+    outcome, = json.loads((tmp_path / "run.eval.json").read_text())
+    whole = evaluate.load_test(DIGITS, "data", None, "cpu")
+    assert outcome["n"] == sum((whole.labels == c).sum().item() for c in (7, 0, 1))
+
+
+def test_what_a_resumed_run_may_change(tmp_path, capsys, monkeypatch):
+    """A flag that is newer than the run counts as its default; auto keeps the run's precision."""
+    path = tmp_path / "run.pt"
+    words = ["--method", "nt", "--epochs", 1, "--ckpt", path]
+    train(*words, "--precision", "float32")
+    resume = torch.load(tmp_path / "run.resume.pt", weights_only=True)
+    del resume["args"]["tau"], resume["args"]["schedule"]
+    resume["source"] += "# another line"
+    torch.save(resume, tmp_path / "run.resume.pt")
+    monkeypatch.setattr(common, "computes_in_bfloat16", lambda device: True)
+    train(*words, "--resume")
+    out = capsys.readouterr().out
+    assert "is finished" in out and "has changed since this run began" in out
+    assert ", float32," in out.splitlines()[-2] or ", float32," in out
+    with pytest.raises(common.UsageError, match="schedule was paper, is onecycle"):
+        train(*words, "--resume", "--schedule", "onecycle")
+    with pytest.raises(common.UsageError, match="begun with --precision float32"):
+        train(*words, "--resume", "--precision", "bfloat16")
+    with pytest.raises(common.UsageError, match="the schedule depends on --epochs"):
+        train(*words, "--resume", "--epochs", 2)
+
+
+def test_default_names_are_unique_and_underscores_work():
+    assert common.default_path("sat_rx", "digits") != common.default_path("sat_rx", "digits")
+    args = flags_of(sat_rx, "--dataset=digits", "--batch_size=64", "--weight_decay", "1e-3")
+    assert (args.batch_size, args.weight_decay) == (64, 1e-3)
+
+
+@pytest.mark.parametrize("script", ["sat_rx", "atlas", "iaat", "dra_finetune", "teacher_saliency"])
+def test_help_shows_the_values_that_will_be_used(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        run_main(module.main, f"{script}.py", "--dataset", "mnist", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(lenet+)" in text and "None" not in text
+    eps = "(0.1)" if script == "dra_finetune" else "(0.3)"
+    assert f"the mean change per value {eps}" in text

@@ -1,103 +1,235 @@
-"""teacher_saliency.py: every term against a formula of its own and finite differences, who moves whose weights, masks,
-schedule, teachers, launches."""
+"""teacher_saliency.py: every term against a formula of its own and finite differences, who moves
+whose weights, masks, schedule, teachers, launches."""
 
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import common
 import evaluate
+import sat_rx
 import teacher_saliency as saliency
-from conftest import check_slopes, plain, random_mnist, run_interrupted, run_main
+from conftest import check_slopes, flags_of, plain, random_mnist, run_interrupted, run_main
 
-SHORT = ["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--val", "40", "--align-epochs", "2", "--ks",
-         "80,50", "--k-epochs", "1", "--teacher-epochs", "2", "--lr", "0.01", "--attack-steps", "2"]
+ALIGN = ["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--val", "40",
+         "--align-epochs", "2", "--lr", "0.01"]
+SHORT = [*ALIGN, "--ks", "80,50", "--k-epochs", "1"]  # of a teacher that is given
+TEACHER = ["--teacher-epochs", "2", "--attack-steps", "2"]
+SCRIPT = [saliency.main, "teacher_saliency.py"]
 
 
-def small(*flags):
-    """(student, teacher, discriminators, images, labels, flags) in float64, smooth, on 32 x 32 images."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Path of a finished run on digits, with everything that it leaves; for reading only."""
+    path = tmp_path_factory.mktemp("saliency") / "whole.pt"
+    run_main(*SCRIPT, *SHORT, *TEACHER, "--wandb", "disabled", "--ckpt", path)
+    return path
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(one, other, which="last"):
+    """Bit for bit, of two checkpoints."""
+    one = one[which]["state_dict"]
+    other = other[which]["state_dict"]
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def smooth_net():
+    return plain(nn.Sequential(nn.Conv2d(1, 3, 5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(108, 4)))
+
+
+def small(monkeypatch, *words):
+    """What main() would train with on grey images, in float64, smooth: a name space.
+
+    model, teacher, judges (the discriminators), x, y; losses: stage -> function (x, y, k), main's
+    own with the flags of the command line, "align" for phase 1, "k50" for phase 2 with k = 50.
+    """
     torch.manual_seed(0)
+    model = smooth_net().double()
+    teacher = smooth_net().double().eval()
+    found = SimpleNamespace(model=model, teacher=teacher)
 
-    def net():
-        return plain(nn.Sequential(nn.Conv2d(1, 3, 5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(147, 4)).double())
-    discriminators = nn.ModuleList(saliency.Discriminator(1, 32) for _ in range(2)).double()
-    args = saliency.parse(["--dataset", "mnist", *flags])
-    return net(), net().eval(), discriminators, torch.rand(6, 1, 32, 32).double(), torch.randint(0, 4, (6,)), args
+    def keep(run, args, plan, rate, model, judges, *_, **named):
+        found.judges = judges.double()
+        found.losses = {stage.name: stage.loss for stage in plan}
+    run = SimpleNamespace(method_state=None, start=lambda *_: 0,
+                          path=SimpleNamespace(with_suffix=lambda suffix: suffix))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "Run", lambda *_, **__: run)
+        patch.setattr(common, "build_model", lambda *_: model)
+        patch.setattr(common, "load_train", lambda *_: (None, None))
+        patch.setattr(saliency, "get_teacher", lambda *_: teacher)
+        patch.setattr(saliency, "train_epochs", keep)
+        run_main(*SCRIPT, "--dataset", "mnist", "--ks", 50, "--device", "cpu", *words)
+    torch.manual_seed(0)
+    found.x = torch.rand(6, 1, 28, 28).double()
+    found.y = torch.randint(0, 4, (6,))
+    return found
 
 
 def maps_by_sample(model, x, y, kind):
-    """Input gradients image by image: of the true class's logit or probability, or of the cross-entropy."""
+    """Input gradients image by image: of the true class's logit or probability, or of the
+    cross-entropy."""
     rows = []
     for image, label in zip(x, y):
         image = image[None].clone().requires_grad_(True)
         z = model(image)[0]
-        value = {"logit": z[label], "prob": z.softmax(0)[label], "ce": -z.log_softmax(0)[label]}[kind]
-        rows.append(torch.autograd.grad(value, image)[0])
+        values = {"logit": z[label], "prob": z.softmax(0)[label], "ce": -z.log_softmax(0)[label]}
+        rows.append(torch.autograd.grad(values[kind], image)[0])
     return torch.cat(rows)
 
 
-CASES = [(k, score, sign, scale) for k in (None, 50) for score in ("logit", "prob") for sign in ("literal", "negated")
-         for scale in ("image", "family") if k or sign == "literal"]
+CASES = [(k, score, sign, scale) for k in (None, 50) for score in ("logit", "prob")
+         for sign in ("literal", "negated") for scale in ("image", "family")
+         if k or sign == "literal"]
 
 
 @pytest.mark.parametrize("k, kind, sign, scale", CASES)
-def test_loss_equals_the_formula(k, kind, sign, scale):
-    """Eqs. 10 to 18 from maps made one image at a time."""
-    flags = ["--score", kind, "--curriculum-sign", sign, "--ldiff-scale", scale, "--gamma2", "7", "--beta2", "3"]
-    model, teacher, discriminators, x, y, args = small(*flags)
-    discriminators.eval()
-    terms, pairs = saliency.saliency_loss(model, teacher, discriminators, x, y, k, args)
-    j_s, j_t, j_ce = (maps_by_sample(m, x, y, what) for m, what in ((model, kind), (teacher, kind), (model, "ce")))
+def test_loss_equals_the_formula(k, kind, sign, scale, monkeypatch):
+    """Eqs. 10 to 18 from maps made one image at a time; k: None for phase 1."""
+    flags = ["--score", kind, "--curriculum-sign", sign, "--ldiff-scale", scale, "--gamma2", "7",
+             "--beta2", "3"]
+    run = small(monkeypatch, *flags)
+    run.judges.eval()
+    model, teacher, x, y = run.model, run.teacher, run.x, run.y
+    terms, judged = run.losses["k50" if k else "align"](x, y, k or 100)
+    j_s = maps_by_sample(model, x, y, kind)
+    j_t = maps_by_sample(teacher, x, y, kind)
+    j_ce = maps_by_sample(model, x, y, "ce")
     unit = 1 / 6 if scale == "image" else 1 / 255**2
     ce = F.cross_entropy(model(x), y)
-    expected = dict(ce=ce, robust=(1 - discriminators[0](j_s).sigmoid()).log().mean(),
+    expected = dict(ce=ce, robust=(1 - run.judges[0](j_s).sigmoid()).log().mean(),
                     teacher_norm=unit * j_t.square().sum(), diff=unit * (j_s - j_t).square().sum())
-    total = ce + (3 if k else 2) * expected["robust"] + (7 if k else 10) * expected["diff"]
+    beta = 3 if k else 2
+    gamma = 7 if k else 10
+    total = ce + beta * expected["robust"] + gamma * expected["diff"]
+    pairs = [(run.judges[0], j_s, j_t)]
     if k:
-        signed, masked = j_ce if sign == "literal" else -j_ce, saliency.top_k(j_t, k)
-        expected |= dict(curr_robust=(1 - discriminators[1](signed).sigmoid()).log().mean(),
-                         curr_diff=unit * (signed - masked).square().sum())
+        signed = j_ce if sign == "literal" else -j_ce
+        masked = saliency.top_k(j_t, k)
+        expected["curr_robust"] = (1 - run.judges[1](signed).sigmoid()).log().mean()
+        expected["curr_diff"] = unit * (signed - masked).square().sum()
         total = total + 3 * expected["curr_robust"] + 7 * expected["curr_diff"]
-        torch.testing.assert_close(pairs[1][0], signed)
-    torch.testing.assert_close(pairs[0][0], j_s)
+        pairs.append((run.judges[1], signed, masked))
     assert terms.keys() == {"loss"} | expected.keys()
     for name, value in dict(expected, loss=total).items():
         torch.testing.assert_close(terms[name], value, msg=name)
+    assert len(judged) == len(pairs)
+    for (judge, *maps), (wanted, *wanted_maps) in zip(judged, pairs):
+        assert judge is wanted and not any(m.requires_grad for m in maps)
+        torch.testing.assert_close(maps, wanted_maps)
 
 
 @pytest.mark.parametrize("kind", ["logit", "prob"])
-def test_gradient_by_finite_differences(kind):
-    """Every term, in float64, along a random direction of the student's weights: through the maps' own gradients."""
-    model, teacher, discriminators, x, y, args = small("--score", kind)
-    discriminators.requires_grad_(False)
+def test_gradient_by_finite_differences(kind, monkeypatch):
+    """Every term, in float64, along a random direction of the student's weights: through the maps'
+    own gradients."""
+    run = small(monkeypatch, "--score", kind)
+    run.judges.requires_grad_(False)
 
-    def terms():
-        terms = saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)[0]
+    def terms_of(stage, k):
+        terms, _ = run.losses[stage](run.x, run.y, k)
         assert not terms.pop("teacher_norm").requires_grad
         return terms
-    check_slopes(model, terms, rel=1e-3)
+    check_slopes(run.model, lambda: terms_of("k50", 50), rel=1e-3)
+    check_slopes(run.model, lambda: terms_of("align", 100), rel=1e-3)
 
 
-def test_discriminators_loss():
-    """Eqs. 14 and 19: maximise log D(J_T) + log(1 - D(J_S)); a map's shift and scale do not matter."""
-    model, teacher, discriminators, x, y, args = small()
-    _, pairs = saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)
-    discriminators.eval()
-    loss, right = saliency.discriminator_loss(discriminators, pairs)
-    expected, hits = 0, []
-    for discriminator, (student, true) in zip(discriminators, pairs):
-        p, q = discriminator(true).sigmoid(), discriminator(student).sigmoid()
+def test_discriminators_loss(monkeypatch):
+    """Eqs. 14 and 19: maximise log D(J_T) + log(1 - D(J_S)); a map's shift and scale do not
+    matter."""
+    run = small(monkeypatch)
+    _, judged = run.losses["k50"](run.x, run.y, 50)
+    run.judges.eval()
+    terms = saliency.discriminator_loss(judged)
+    expected = 0
+    hits = []
+    for discriminator, student, true in judged:
+        p = discriminator(true).sigmoid()
+        q = discriminator(student).sigmoid()
         expected = expected - (p.log().mean() + (1 - q).log().mean()) / 2
         hits += [*(p > 0.5), *(q <= 0.5)]
         torch.testing.assert_close(discriminator(3 * true + 0.2), discriminator(true))
-    torch.testing.assert_close(loss, expected)
-    assert right == pytest.approx(torch.stack(hits).double().mean().item())
+    assert len(judged) == 2
+    torch.testing.assert_close(terms["loss"], expected)
+    hits = torch.stack(hits).double().mean().item()
+    assert terms["right"].item() == pytest.approx(hits)
 
 
-def test_nobody_moves_anothers_weights(tmp_path, monkeypatch):
-    """The student's steps change neither teacher nor discriminators, the discriminators' steps only themselves."""
-    seen, real = [], torch.optim.SGD.step
+def copy_of(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def moved(before, module):
+    """Whether each parameter of a module has changed since copy_of."""
+    return [not torch.equal(old, new) for old, new in zip(before, module.parameters())]
+
+
+@pytest.mark.parametrize("stage, k", [("align", 100), ("k50", 50)])
+def test_alternate(stage, k, monkeypatch):
+    """A step of SGD of the student on its loss, then one of the discriminators on theirs, on the
+    maps before the student's step: each leaves the others' weights alone, with momentum and weight
+    decay at work. Without `judge` there is the first alone."""
+    run = small(monkeypatch)
+    parts = [run.model, *run.judges]
+    used = run.judges if stage == "k50" else run.judges[:1]
+    optimizer = torch.optim.SGD([dict(params=part.parameters()) for part in parts], 0.1,
+                                momentum=0.9, weight_decay=0.01)
+    steps = []  # which parameters of student and discriminators each step moved
+    real = common.update
+
+    def watched(*args):
+        before = [copy_of(part) for part in parts]
+        real(*args)
+        steps.append([moved(old, part) for old, part in zip(before, parts)])
+    monkeypatch.setattr(common, "update", watched)
+
+    def step(judge):
+        steps.clear()
+        return saliency.alternate(optimizer, run.judges, contextlib.nullcontext,
+                                  run.losses[stage], run.x, run.y, k, judge)
+
+    terms, judged = run.losses[stage](run.x, run.y, k)
+    judge_loss = saliency.discriminator_loss(judged)["loss"]
+    expected = []
+    for loss, part in ((terms["loss"], run.model), (judge_loss, used)):
+        grads = torch.autograd.grad(loss, part.parameters(), retain_graph=True)
+        expected += [p - 0.1 * (g + 0.01 * p) for p, g in zip(part.parameters(), grads)]
+    ours, judge_terms = step(judge=True)
+    torch.testing.assert_close(ours["loss"], terms["loss"])
+    torch.testing.assert_close(judge_terms["loss"], judge_loss)
+    for value, wanted in zip([*run.model.parameters(), *used.parameters()], expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+    for judge in (True, False, True):
+        ours, judge_terms = step(judge)
+        student, *judges = steps[0]
+        assert all(student) and not any(any(weights) for weights in judges)
+        assert len(steps) == (2 if judge else 1) and (judge_terms is not None) == judge
+        if judge:
+            student, *judges = steps[1]
+            assert not any(student)
+            assert all(all(weights) for weights in judges[:len(used)])
+            assert not any(any(weights) for weights in judges[len(used):])
+    assert all(p.grad is None for p in run.teacher.parameters())
+
+
+def test_nobody_moves_anothers_weights(tmp_path, whole, monkeypatch):
+    """The student's steps change neither teacher nor discriminators, the discriminators' steps only
+    themselves."""
+    seen = []
+    real = torch.optim.SGD.step
 
     def watched(optimizer, *args):
         groups = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
@@ -105,16 +237,25 @@ def test_nobody_moves_anothers_weights(tmp_path, monkeypatch):
         seen.append([any(not torch.equal(a, b) for a, b in zip(old, group["params"]))
                      for old, group in zip(groups, optimizer.param_groups)])
         return result
-    teachers, get = [], saliency.get_teacher
-    monkeypatch.setattr(saliency, "get_teacher", lambda *a: teachers.append(get(*a)) or teachers[0])
-    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "first.pt")
-    before = {name: value.clone() for name, value in teachers[0].state_dict().items()}
+    teachers = []
+    get = saliency.get_teacher
+
+    def kept(*args):
+        teachers.append(get(*args))
+        return teachers[-1]
+    monkeypatch.setattr(saliency, "get_teacher", kept)
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--ckpt", tmp_path / "run.pt", "--teacher",
-             tmp_path / "first.teacher.pt")
-    assert {tuple(row) for row in seen} == {(True, False, False), (False, True, False), (False, True, True)}
-    assert all(torch.equal(value, before[name]) for name, value in teachers[1].state_dict().items())
-    assert not teachers[1].training and not any(p.requires_grad for p in teachers[1].parameters())
+    path = whole.with_suffix(".teacher.pt")
+    run_main(*SCRIPT, *SHORT, "--ckpt", tmp_path / "run.pt", "--teacher", path)
+    student = [True, False, False]
+    phase_1 = [student, [False, True, False], student]  # an epoch of two steps: one is judged
+    phase_2 = [student, [False, True, True], student]
+    assert seen == 2 * phase_1 + 2 * phase_2
+    before = load(path)["best"]["state_dict"]
+    teacher, = teachers
+    assert all(torch.equal(value.cpu(), before[name])
+               for name, value in teacher.net.state_dict().items())
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("k", [90, 50, 7, 100])
@@ -135,78 +276,262 @@ def test_top_k_zeroes_all_channels_of_a_pixel():
     assert torch.equal(saliency.top_k(maps, 50), torch.tensor([[[[5.0, 0.0]], [[0.0, 0.0]]]]))
 
 
+def plan_of(args):
+    """(k, name of the loss) of every epoch."""
+    losses = dict(nt=["ce"], align=["ce", "phase 1"], curriculum=["ce", "phase 1", "phase 2"])
+    return [(stage.k, stage.loss) for stage in saliency.student_plan(args, losses[args.method])]
+
+
 def test_schedule_and_settings():
-    """Section 5: lr 0.1 to 0.001 in 100 epochs, then to 0.0001 over 15 epochs for each of five k."""
-    args = saliency.parse([])
-    rows = [saliency.phase(epoch, args) for epoch in range(args.epochs)]
+    """Section 5: lr 0.1 to 0.001 in 100 epochs, then to 0.0001 over 15 epochs for each of five
+    k."""
+    args = flags_of(saliency)
     ks = [k for k in (90, 80, 70, 60, 50) for _ in range(15)]
-    assert args.epochs == 175 and [k for k, _ in rows] == [None] * 100 + ks
-    lrs = [lr for _, lr in rows]
-    assert [lrs[i] for i in (0, 99, 100, 174)] == [pytest.approx(v) for v in (0.1, 0.001, 0.001, 0.0001)]
+    assert args.epochs == 175
+    assert plan_of(args) == [(100, "phase 1")] * 100 + [(k, "phase 2") for k in ks]
+    lrs = [saliency.student_rate(args, epoch) for epoch in range(175)]
+    wanted = [pytest.approx(v) for v in (0.1, 0.001, 0.001, 0.0001)]
+    assert [lrs[i] for i in (0, 99, 100, 174)] == wanted
     assert all(a >= b - 1e-9 for a, b in zip(lrs, lrs[1:]))
-    assert (args.beta, args.gamma, args.gamma2, args.batch_size, args.normalize) == (2, 10, 20, 32, "image")
-    assert saliency.parse(["--dataset", "cifar100"]).gamma2 == 15
-    one = saliency.parse(["--align-epochs", "0", "--init", "at.pt", "--ks", "50", "--k-epochs", "4"])
-    assert [saliency.phase(epoch, one)[0] for epoch in range(one.epochs)] == [50] * 4
-    for flags in (["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"],
-                  ["--teacher", "at.pt", "--attack-steps", "7"], ["--align-epochs", "0"],
-                  ["--teacher", "at.pt", "--teacher-warmup", "0"],
-                  ["--teacher-epochs", "3", "--teacher-warmup", "3"]):
-        with pytest.raises(common.UsageError):
-            saliency.parse(flags)
-    prob, logit = small("--score", "prob")[-1], small("--score", "logit")[-1]
-    assert [saliency.passes(k, a) for a in (prob, logit) for k in (None, 50)] == [4, 6, 4, 6]
+    assert (args.beta, args.gamma, args.gamma2, args.batch_size) == (2, 10, 20, 32)
+    assert args.normalize == "image"
+    assert flags_of(saliency, "--dataset", "cifar100").gamma2 == 15
+    one = flags_of(saliency, "--align-epochs", "0", "--init", "at.pt", "--ks", "50",
+                   "--k-epochs", "4")
+    assert plan_of(one) == [(50, "phase 2")] * 4
+    late = flags_of(saliency, "--align-epochs", "3", "--align-delay", "2", "--ks", "60,20",
+                    "--k-epochs", "1")
+    assert plan_of(late) == [(100, "ce")] * 2 + [(100, "phase 1"), (60, "phase 2"), (20, "phase 2")]
+    align = flags_of(saliency, "--method", "align")
+    assert plan_of(align) == [(100, "phase 1")] * 100 and align.epochs == 100
+    assert [saliency.student_rate(align, epoch) for epoch in range(100)] == lrs[:100]
+    assert plan_of(flags_of(saliency, "--method", "nt")) == [(100, "ce")] * 100
 
 
-def test_alignment_can_be_dropped_in_phase_2():
-    model, teacher, discriminators, x, y, args = small("--drop-alignment")
-    terms, pairs = saliency.saliency_loss(model, teacher, discriminators, x, y, 50, args)
-    assert set(terms) == {"loss", "ce", "teacher_norm", "curr_robust", "curr_diff"} and pairs[0] is None
-    assert saliency.discriminator_loss(discriminators, pairs)[0].isfinite()
-    terms, _ = saliency.saliency_loss(model, teacher, discriminators, x, y, None, args)
+@pytest.mark.parametrize("words", [
+    ["--ks", "90,x"], ["--ks", "0"], ["--epochs", "3"], ["--ks", "90,90"], ["--align-delay", "101"],
+    ["--teacher", "at.pt", "--attack-steps", "7"], ["--align-epochs", "0"],
+    ["--teacher", "at.pt", "--teacher-warmup", "0"],
+    ["--teacher-epochs", "3", "--teacher-warmup", "3"],
+    ["--method", "align", "--ks", "90,80,70,60,50"], ["--method", "align", "--k-epochs", "1"],
+    ["--method", "align", "--gamma2", "1"], ["--method", "align", "--drop-alignment"],
+    ["--method", "align", "--align-epochs", "0", "--init", "at.pt"],
+    ["--method", "nt", "--teacher", "at.pt"], ["--method", "nt", "--beta", "1"],
+    ["--method", "nt", "--score", "prob"], ["--method", "nt", "--attack-steps", "7"]], ids=" ".join)
+def test_flags_that_contradict_each_other_are_refused(words):
+    """So is one that does nothing, be it given with its default."""
+    with pytest.raises(common.UsageError):
+        flags_of(saliency, *words)
+
+
+class MultiplyAdds(TorchDispatchMode):
+    """Counts what convolutions and matrix products take."""
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        if count:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def test_cost(whole):
+    """In passes forward and backward to the image a step of phase 1 takes 4, of phase 2 6, of PGD-7
+    training 8, up to a half; the log has what a batch took."""
+    facts = common.dataset_facts("digits")
+    torch.manual_seed(0)
+    model = common.build_model("lenet+", facts)
+    teacher = common.build_model("lenet+", facts).eval()
+    x = torch.rand(4, 1, 28, 28)
+    y = torch.arange(4)
+
+    def cheap(maps):  # a discriminator that counts for nothing
+        return maps.sum((1, 2, 3))
+    options = [2.0, 10.0, "prob", "image"]
+    steps = [lambda: saliency.align_loss(model, teacher, cheap, x, y, *options),
+             lambda: saliency.curriculum_loss(model, teacher, cheap, cheap, x, y, 50, *options,
+                                              "negated"),
+             lambda: saliency.pgd_at_loss(model, x, y, 0.1, 0.03, 7)]
+    with MultiplyAdds() as one:
+        common.input_gradient(model, x, y)
+    passes = []
+    for step in steps:
+        with MultiplyAdds() as count:
+            step()[0]["loss"].backward()
+        passes.append(count.total / one.total)
+    assert passes == [pytest.approx(wanted, abs=0.51) for wanted in (4, 6, 8)]
+    for path in (whole, whole.with_suffix(".teacher.pt")):
+        for row in load(path)["history"]:
+            assert row["cost/ms_per_batch"] == pytest.approx(1000 * row["seconds"] / 2)
+
+
+def test_alignment_can_be_dropped_in_phase_2(monkeypatch):
+    run = small(monkeypatch, "--drop-alignment")
+    terms, judged = run.losses["k50"](run.x, run.y, 50)
+    assert set(terms) == {"loss", "ce", "teacher_norm", "curr_robust", "curr_diff"}
+    assert [judge for judge, _, _ in judged] == [run.judges[1]]
+    assert saliency.discriminator_loss(judged)["loss"].isfinite()
+    total = terms["ce"] + 2 * terms["curr_robust"] + 20 * terms["curr_diff"]
+    torch.testing.assert_close(terms["loss"], total)
+    terms, _ = run.losses["align"](run.x, run.y, 100)
     assert set(terms) == {"loss", "ce", "teacher_norm", "robust", "diff"}
 
 
-def test_phase_2_alone_takes_the_discriminators_of_phase_1(tmp_path):
-    """With a vanishing learning rate they are still those of run.align.pt at the end, and so is the network."""
-    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt")
-    run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--lr", "1e-12", "--align-epochs", 0, "--init",
-             tmp_path / "run.align.pt", "--teacher", tmp_path / "run.teacher.pt", "--ckpt", tmp_path / "two.pt")
-    align, two = (torch.load(tmp_path / name, weights_only=True) for name in ("run.align.pt", "two.pt"))
+def test_align_is_the_first_phase_of_curriculum(tmp_path, whole):
+    """Bit for bit: teacher, student, discriminators and log; and it is kept as run.align.pt."""
+    run_main(*SCRIPT, *ALIGN, *TEACHER, "--method", "align", "--ckpt", tmp_path / "run.pt")
+    run, kept, phase_1, both = (load(path) for path in (
+        tmp_path / "run.pt", tmp_path / "run.align.pt", whole.with_suffix(".align.pt"), whole))
+    for other in (kept, phase_1):
+        assert_same_weights(run, other)
+        assert other["last"]["epoch"] == other["best"]["epoch"] == 2
+        judges = other["method_state"]["discriminators"]
+        for name, value in run["method_state"]["discriminators"].items():
+            assert torch.equal(value, judges[name]), name
+    assert_same_weights(load(tmp_path / "run.teacher.pt"), load(whole.with_suffix(".teacher.pt")))
+    timed = ("seconds", "cost/ms_per_batch")
+    for row, other in zip(run["history"], both["history"][:2], strict=True):
+        assert {name: value for name, value in row.items() if name not in timed} == {
+            name: value for name, value in other.items() if name not in timed}
+    assert not any(tmp_path.glob("run.k*"))
+    assert not all(torch.equal(value, both["last"]["state_dict"][name])
+                   for name, value in run["last"]["state_dict"].items())
+
+
+def test_phase_2_alone_takes_the_discriminators_of_phase_1(tmp_path, whole):
+    """With a vanishing learning rate they are still those of run.align.pt at the end, and so is the
+    network."""
+    path = whole.with_suffix(".align.pt")
+    run_main(*SCRIPT, *SHORT, "--lr", "1e-12", "--align-epochs", 0, "--init", path,
+             "--teacher", whole.with_suffix(".teacher.pt"), "--ckpt", tmp_path / "two.pt")
+    align = load(path)
+    two = load(tmp_path / "two.pt")
     assert [row["k"] for row in two["history"]] == [80, 50]
-    judges = [{name: value for name, value in state["method_state"]["discriminators"].items() if "weight" in name}
-              for state in (align, two)]
+    judges = [{name: value for name, value in state["method_state"]["discriminators"].items()
+               if "weight" in name} for state in (align, two)]
     for name, value in judges[0].items():
         torch.testing.assert_close(judges[1][name], value, msg=name)
     for name, value in align["last"]["state_dict"].items():
         torch.testing.assert_close(two["last"]["state_dict"][name], value, msg=name)
 
 
+def tiny_nets(patch):
+    """Launches train linear networks."""
+    def build(*_):
+        return plain(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+    patch.setattr(common, "build_model", build)
+
+
 def test_the_best_epoch_is_of_phase_2(tmp_path, monkeypatch):
-    """Though phase 1 was better; and a network kept for a phase is not replaced unasked."""
-    robust = iter([0.1, 0.2, 0.9, 0.8, 0.3, 0.4])  # two epochs of the teacher, two of phase 1, two of phase 2
-    monkeypatch.setattr(saliency, "validate", lambda *_: {"val/clean": 1.0, "val/robust": next(robust)})
-    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt")
-    assert torch.load(tmp_path / "run.pt", weights_only=True)["best"]["epoch"] == 4
-    assert torch.load(tmp_path / "run.align.pt", weights_only=True)["best"]["epoch"] == 2
-    for name in ("run.pt", "run.resume.pt", "run.jsonl", "run.k80.pt", "run.k50.pt"):
+    """Though phase 1 was better. The network after each stage is kept, and not replaced unasked."""
+    tiny_nets(monkeypatch)
+    # two epochs of the teacher, two of phase 1, two of phase 2
+    robust = iter([0.1, 0.2, 0.9, 0.8, 0.3, 0.4])
+    monkeypatch.setattr(saliency, "validate", lambda *_: {"val/clean": 1.0,
+                                                          "val/robust": next(robust)})
+    words = [*SHORT, *TEACHER, "--ks", "90,50", "--ckpt", tmp_path / "run.pt"]
+    run_main(*SCRIPT, *words)
+    run = load(tmp_path / "run.pt")
+    assert run["best"]["epoch"] == 4
+    for name, epoch, metric in (("align", 2, 0.8), ("k90", 3, 0.3), ("k50", 4, 0.4)):
+        kept = load(tmp_path / f"run.{name}.pt")
+        assert kept["best"]["epoch"] == kept["last"]["epoch"] == epoch
+        assert kept["best"]["metric"] == metric and len(kept["history"]) == epoch
+        assert_same_weights(dict(last=kept["best"]), kept)
+    assert_same_weights(kept, run)
+    assert not any(value.equal(load(tmp_path / "run.k90.pt")["last"]["state_dict"][name])
+                   for name, value in kept["last"]["state_dict"].items())
+
+    names = ["run.align.pt", "run.k90.pt", "run.k50.pt"]
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for name in ("run.pt", "run.resume.pt", "run.jsonl", *names):
         (tmp_path / name).unlink()
-    before = (tmp_path / "run.align.pt").read_bytes()
-    with pytest.raises(common.UsageError, match="align.pt exists"):
-        run_main(saliency.main, "teacher_saliency.py", *SHORT, "--ckpt", tmp_path / "run.pt")
-    assert (tmp_path / "run.align.pt").read_bytes() == before
+    for name in names:  # each alone is in the way
+        (tmp_path / name).write_bytes(before[name])
+        with pytest.raises(common.UsageError, match=f"{name} exists: --overwrite replaces it"):
+            run_main(*SCRIPT, *words)
+        assert (tmp_path / name).read_bytes() == before[name]
+        assert not (tmp_path / "run.pt").exists()
+        (tmp_path / name).unlink()
+    robust = iter([0.5] * 4)
+    aligned = [*ALIGN, *TEACHER, "--method", "align", "--ckpt", tmp_path / "run.pt"]
+    for name in names:
+        (tmp_path / name).write_bytes(before[name])
+    run_main(*SCRIPT, *aligned, "--lr", "0.02", "--overwrite")
+    assert load(tmp_path / "run.align.pt")["args"]["lr"] == 0.02
+    assert (tmp_path / "run.k90.pt").read_bytes() == before["run.k90.pt"]  # not a file of this run
+
+
+@pytest.mark.parametrize("schedule", ["paper", "onecycle"])
+def test_learning_rates(schedule, tmp_path, monkeypatch):
+    """onecycle: one cycle over all stages, a new rate at every step, and one for the teacher.
+    paper: a new rate at every epoch, the teacher's falls to a tenth after half of its epochs and
+    after three quarters."""
+    tiny_nets(monkeypatch)
+    seen = []
+    real = common.set_lr
+
+    def watched(optimizer, lr):
+        seen.append(lr)
+        real(optimizer, lr)
+    monkeypatch.setattr(common, "set_lr", watched)
+    run_main(*SCRIPT, *SHORT, *TEACHER, "--val", 0, "--teacher-epochs", 4, "--align-delay", 1,
+             "--k-epochs", 2, "--schedule", schedule, "--ckpt", tmp_path / "run.pt")
+    steps = [np.arange(0.5, 8), np.arange(0.5, 12)]  # of the teacher, the student: 2 an epoch
+    if schedule == "onecycle":
+        shares = [np.interp(part / (part[-1] + 0.5), [0, 0.3, 1], [0, 1, 0]) for part in steps]
+        expected = 0.01 * np.concatenate(shares)
+    else:
+        teacher = [1, 1, 0.1, 0.01]
+        student = [1, 0.01, 0.01, 0.007, 0.004, 0.001]
+        expected = 0.01 * np.repeat([*teacher, *student], 2)
+    assert seen == pytest.approx(list(expected))
+    teacher, student = (load(tmp_path / name)["history"] for name in ("run.teacher.pt", "run.pt"))
+    assert [row["lr"] for row in teacher + student] == seen[1::2]
+    assert [row["k"] for row in student] == [100, 100, 80, 80, 50, 50]
+
+
+def test_normal_training_and_noise(tmp_path, monkeypatch):
+    """--method nt trains without teacher and discriminators; --input-noise moves every image by at
+    most so much, within [0, 1]."""
+    tiny_nets(monkeypatch)
+    seen = []
+    real = saliency.alternate
+
+    def watched(optimizer, judges, autocast, loss, x, *rest, **more):
+        seen.append(x)
+        return real(optimizer, judges, autocast, loss, x, *rest, **more)
+    monkeypatch.setattr(saliency, "alternate", watched)
+    words = [*ALIGN, "--val", 0, "--method", "nt"]
+    run_main(*SCRIPT, *words, "--ckpt", tmp_path / "nt.pt")
+    run_main(*SCRIPT, *words, "--ckpt", tmp_path / "noise.pt", "--input-noise", "0.1")
+    clean, noisy = torch.cat(seen).chunk(2)
+    moved = (noisy - clean).abs()
+    assert 0.09 < moved.max() <= 0.1 + 1e-6 and noisy.min() == 0 and noisy.max() <= 1
+    assert (moved > 0).float().mean() > 0.4
+    for name in ("nt.pt", "noise.pt"):
+        history = load(tmp_path / name)["history"]
+        assert [row["k"] for row in history] == [100, 100]
+        assert {"train/loss", "train/ce"} == {key for key in history[0] if "/" in key
+                                              and not key.startswith("cost/")}
+    assert not [path.name for path in tmp_path.iterdir()
+                if "teacher" in path.name or "align" in path.name]
 
 
 def test_the_teachers_radius_grows(tmp_path, monkeypatch):
-    """A third, two thirds, all of radius and step in its first epochs; validation is at the full radius always."""
-    seen, real = [], common.pgd
+    """A third, two thirds, all of radius and step in its first epochs; validation is at the full
+    radius always."""
+    seen = []
+    real = common.pgd
 
     def watched(model, x, y, eps, step, steps, **more):
         seen.append((round(eps, 6), round(step, 6), steps))
         return real(model, x, y, eps, step, steps, **more)
     monkeypatch.setattr(common, "pgd", watched)
-    run_main(saliency.main, "teacher_saliency.py", *SHORT, "--teacher-epochs", 4, "--teacher-warmup", 2, "--eps", "0.3",
-             "--step-size", "0.06", "--align-epochs", 1, "--ks", 50, "--ckpt", tmp_path / "run.pt")
+    run_main(*SCRIPT, *SHORT, *TEACHER, "--teacher-epochs", 4, "--teacher-warmup", 2,
+             "--eps", "0.3", "--step-size", "0.06", "--align-epochs", 1, "--ks", 50,
+             "--ckpt", tmp_path / "run.pt")
     radii = list(dict.fromkeys(row for row in seen if row[2] == 2))
     assert radii == [(0.1, 0.02, 2), (0.2, 0.04, 2), (0.3, 0.06, 2)]
     assert {row for row in seen if row[2] == 20} == {(0.3, 0.075, 20)}
@@ -214,41 +539,46 @@ def test_the_teachers_radius_grows(tmp_path, monkeypatch):
 
 def test_a_teacher_of_another_data_set(tmp_path):
     """It keeps its body and gets a new last layer, trained while the rest stays frozen."""
-    import sat_rx
     elsewhere = tmp_path / "mnist.pt"
     random_mnist(tmp_path)
-    run_main(sat_rx.main, "sat_rx.py", "--dataset", "mnist", "--data-dir", tmp_path, "--method", "nt", "--epochs", 1,
-             "--val", 0, "--ckpt", elsewhere)
-    run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--ckpt", tmp_path / "run.pt", "--teacher",
-             elsewhere)
-    given, teacher = (torch.load(path, weights_only=True)["last"]["state_dict"]
+    run_main(sat_rx.main, "sat_rx.py", "--dataset", "mnist", "--data-dir", tmp_path, "--method",
+             "nt", "--epochs", 1, "--val", 0, "--ckpt", elsewhere)
+    words = [*SHORT, "--teacher-epochs", 2]
+    run_main(*SCRIPT, *words, "--ckpt", tmp_path / "run.pt", "--teacher", elsewhere)
+    given, teacher = (load(path)["last"]["state_dict"]
                       for path in (elsewhere, tmp_path / "run.teacher.pt"))
     head = [name for name in given if name.startswith("9.")]
     assert all(torch.equal(given[name], teacher[name]) for name in given if name not in head)
     assert head and not any(torch.equal(given[name], teacher[name]) for name in head)
     (tmp_path / "own.teacher.pt").write_bytes(elsewhere.read_bytes())
     with pytest.raises(common.UsageError, match="another --ckpt"):
-        run_main(saliency.main, "teacher_saliency.py", *SHORT[:-2], "--ckpt", tmp_path / "own.pt", "--teacher",
+        run_main(*SCRIPT, *words, "--ckpt", tmp_path / "own.pt", "--teacher",
                  tmp_path / "own.teacher.pt")
     assert (tmp_path / "own.teacher.pt").read_bytes() == elsewhere.read_bytes()
 
 
 @pytest.mark.parametrize("flags", [[], ["--align-delay", "1", "--input-noise", "8/255"], [
-    "--score", "logit", "--curriculum-sign", "literal", "--gamma", "0.001", "--gamma2", "0.001"]], ids=" ".join)
-def test_launch_resume_evaluate(tmp_path, flags):
-    """All stages in one go equal interruptions in the teacher's, in phase 1 and phase 2; every k has a checkpoint."""
-    words = [*SHORT, *flags]
-    run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "whole.pt")
-    run_interrupted(saliency.main, "teacher_saliency.py", (2, 4, 7), *words, "--ckpt", tmp_path / "cut.pt")
+    "--score", "logit", "--curriculum-sign", "literal", "--gamma", "0.001", "--gamma2", "0.001"]],
+    ids=" ".join)
+def test_launch_resume_evaluate(tmp_path, whole, flags):
+    """All stages in one go equal interruptions in the teacher's, in phase 1 and phase 2; every k
+    has a checkpoint."""
+    words = [*SHORT, *TEACHER, *flags]
+    if flags:
+        whole = tmp_path / "whole.pt"
+        run_main(*SCRIPT, *words, "--ckpt", whole)
+    cut = tmp_path / "cut.pt"
+    run_interrupted(*SCRIPT, (2, 4, 7), *words, "--ckpt", cut)
     (tmp_path / "cut.k50.pt").unlink()  # as if killed before it was written
-    run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "cut.pt", "--resume")
-    for name in ("pt", "teacher.pt", "align.pt", "k80.pt", "k50.pt"):
-        whole, cut = (torch.load(tmp_path / f"{run}.{name}", weights_only=True) for run in ("whole", "cut"))
+    run_main(*SCRIPT, *words, "--ckpt", cut, "--resume")
+    for name in (".pt", ".teacher.pt", ".align.pt", ".k80.pt", ".k50.pt"):
         for which in ("best", "last"):
-            assert all(torch.equal(v, cut[which]["state_dict"][k]) for k, v in whole[which]["state_dict"].items()), name
-    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
-    assert [row["k"] for row in whole["history"]] == [100, 100, 80, 50]
-    assert {"train/robust", "train/curr_diff", "discriminator/right", "cost/passes"} <= whole["history"][-1].keys()
-    run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.k80.pt", "--attacks", "clean,pgd-3", "--limit", 30)
+            assert_same_weights(load(whole.with_suffix(name)), load(cut.with_suffix(name)), which)
+    history = load(whole)["history"]
+    assert [row["k"] for row in history] == [100, 100, 80, 50]
+    assert {"train/robust", "train/curr_diff", "discriminator/right",
+            "cost/ms_per_batch"} <= history[-1].keys()
+    run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.k80.pt", "--attacks",
+             "clean,pgd-3", "--limit", 30)
     with pytest.raises(common.UsageError, match="--overwrite replaces it"):
-        run_main(saliency.main, "teacher_saliency.py", *words, "--ckpt", tmp_path / "whole.pt")
+        run_main(*SCRIPT, *words, "--ckpt", whole)
