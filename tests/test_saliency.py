@@ -2,6 +2,7 @@
 whose weights, masks, schedule, teachers, launches."""
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,8 +64,7 @@ def small(monkeypatch, *words):
     def keep(run, args, plan, rate, model, judges, *_, **named):
         found.judges = judges.double()
         found.losses = {stage.name: stage.loss for stage in plan}
-    run = SimpleNamespace(method_state=None, start=lambda *_: 0,
-                          path=SimpleNamespace(with_suffix=lambda suffix: suffix))
+    run = SimpleNamespace(method_state=None, start=lambda *_: 0, path=Path("run.pt"))
     with monkeypatch.context() as patch:
         patch.setattr(common, "Run", lambda *_, **__: run)
         patch.setattr(common, "build_model", lambda *_: model)
