@@ -421,6 +421,8 @@ def computes_in_bfloat16(device):
     """Whether bfloat16 is fast on a device; elsewhere it is emulated and slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # the CPU's, or as told
+        return False
     tests = [getattr(torch.cpu, name, None)
              for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
     return any(test() for test in tests if test)
