@@ -45,31 +45,32 @@ DISCRIMINATORS_EVERY = 5  # steps of the student for each of theirs
 
 # Differences from the paper, and what it leaves open ("the family": the codes that it builds on)
 # - --score: section 4 writes the true class's logit; the family has the probability, our default.
+#   --score2 is phase 2's, --score unless given.
 # - --curriculum-sign: literally eq. 18 asks grad CE to equal the teacher's map, which points the
 #   other way: with the probability score grad CE is, per image, minus the saliency divided by the
 #   probability. negated, our default, does what the text describes.
 # - --ldiff-scale: image, our default; family sums over the batch, with images in [0, 255].
+# - --map-mode: BatchNorm's mode in the pass that the student's maps come from. In train mode, our
+#   default and the family's, a map counts the influence of the batch's other images, too. eval
+#   costs a pass more. Teacher and evaluation are in eval mode; the family evaluates in train mode.
 # - The student minimises log(1 - D) alone. The first term of eqs. 11 and 17 would reach it only
-#   through the discriminators' BatchNorm, and is left out.
-# - As in the family: maps of student and teacher pass a discriminator as one batch; it compares
-#   them after centring and scaling to length 1; it is updated every 5 steps; its architecture.
-# - The discriminators' loss averages over all maps: half of eqs. 14 and 19, the sum of two means.
+#   through the discriminators' BatchNorm.
+# - Discriminators as in the family: maps of student and teacher pass as one batch, centred and
+#   scaled to length 1; an update every 5 steps. Their loss averages over all maps: half of eqs. 14
+#   and 19.
 # - k begins at 90, as in one place of section 4; another says 100. A pixel's salience is its
 #   channel sum of |J_T|.
-# - The student's maps have BatchNorm in training mode, so they count the influence of the batch's
-#   other images, too. The teacher's maps and evaluation have it in eval mode; the family evaluates
-#   in training mode.
 # - --normalize image, crop and flip, the teacher's rate and epochs are not printed. --lr,
 #   --batch-size, --weight-decay and --augment are the teacher's, too.
 # - The family adds noise of 8/255 to images and delays the alignment: --input-noise,
 #   --align-delay.
-# - The teacher keeps its last epoch, the student the best of phase 2 by PGD-20 on held-out images.
-#   The network after phase 1 and after every k lies beside it (run.align.pt, run.k90.pt ...).
+# - The teacher keeps its last epoch, the student the best of both phases by PGD-20 on held-out
+#   images. run.align.pt, run.k90.pt ... are the networks after phase 1 and after every k.
 # - TinyImageNet (table 10, teacher A of table 3) is not here yet.
 # - --precision auto is bfloat16 for the teacher's training alone: it is too coarse for maps, whose
 #   discriminators see nothing but relative differences.
-# - Phase 2 of a saved phase 1 (--align-epochs 0 --init run.align.pt) takes its discriminators, but
-#   not its momentum.
+# - Phase 2 of a saved phase 1 (--align-epochs 0 --init run.align.pt) takes its discriminators and
+#   run.teacher.pt beside it, but not its momentum.
 # - Table 9's beta = 0 and gamma = 0 are read as phase 2's, as its gamma = 20 is: --beta2, --gamma2.
 # - Tables 13 and 14: a single k trains for --k-epochs, a fifth of phase 2, unless told otherwise.
 # - Cost: the paper claims 10 to 20 % of adversarial training's time. A step of phase 1 takes 4
@@ -150,63 +151,82 @@ def pgd_at_loss(model, x, y, eps, step_size, attack_steps, mode="eval"):
     return dict(loss=common.cross_entropy(model(x_adv), y).mean()), []
 
 
-def fooling_loss(discriminator, j_s, j_t):
-    """Eqs. 11 and 17, the student's part: the mean of log(1 - f_disc(J_S)).
+def student_pass(model, x, y, map_mode):
+    """(logits for CE, images, logits for maps). Maps are gradients with respect to these images.
 
-    The teacher's maps only share the BatchNorm of the batch.
+    map_mode: "train": both logits are of one pass. "eval": a second pass, with BatchNorm in eval
+    mode, makes those for the maps.
+    """
+    x = x.detach().requires_grad_(True)
+    logits = model(x)
+    if map_mode == "train":
+        return logits, x, logits
+    with common.model_mode(model, "eval"):
+        return logits, x, model(x)
+
+
+def match(discriminator, j_s, j_t, beta, gamma, scale):
+    """beta L_robust + gamma L_diff: (their sum, L_robust, L_diff). Eqs. 11, 12 and 17, 18.
+
+    The student's part of L_robust is the mean of log(1 - f_disc(J_S)). There the teacher's maps
+    only share the BatchNorm of the batch. L_diff = ||J_S - J_T||^2.
     """
     z = discriminator(torch.cat([j_s, j_t]))
-    return F.logsigmoid(-z[:len(j_s)]).mean()
+    robust = F.logsigmoid(-z[:len(j_s)]).mean()
+    diff = squared_distance(j_s, j_t, scale)
+    return beta * robust + gamma * diff, robust, diff
 
 
-def align_loss(model, teacher, discriminator, x, y, beta, gamma, kind, scale):
+def agreement(j_s, j_t):
+    """For the log: relative_diff, ||J_S - J_T||^2 / ||J_T||^2, is 1 for a student without
+    gradients; cosine is the mean over images of the maps' cosine."""
+    j_s = j_s.detach()
+    relative = (j_s - j_t).square().sum() / j_t.square().sum().clamp(min=1e-30)
+    cosine = F.cosine_similarity(j_s.flatten(1), j_t.flatten(1)).mean()
+    return dict(relative_diff=relative, cosine=cosine)
+
+
+def align_loss(model, teacher, discriminator, x, y, beta, gamma, kind, scale, map_mode="train"):
     """Phase 1, eq. 13. kind: of `score`; scale: of `squared_distance`."""
     # CE + beta L_robust + gamma L_diff
     j_t = teacher_maps(teacher, x, y, kind)
-    x = x.detach().requires_grad_(True)
-    logits = model(x)
+    logits, x, map_logits = student_pass(model, x, y, map_mode)
     ce = common.cross_entropy(logits, y).mean()
-    # Eq. 9:  J_S^TCI = grad Psi_y;  eq. 12:  L_diff = ||J_S^TCI - J_T^TCI||^2
-    j_s, = torch.autograd.grad(score(logits, y, kind).sum(), x, create_graph=True)
-    robust = fooling_loss(discriminator, j_s, j_t)
-    diff = squared_distance(j_s, j_t, scale)
-    loss = ce + beta * robust + gamma * diff
-    teacher_norm = squared_distance(j_t, torch.zeros_like(j_t), scale)
-    terms = dict(loss=loss, ce=ce, teacher_norm=teacher_norm, robust=robust, diff=diff)
+    # Eq. 9:  J_S^TCI = grad Psi_y
+    j_s, = torch.autograd.grad(score(map_logits, y, kind).sum(), x, create_graph=True)
+    aligned, robust, diff = match(discriminator, j_s, j_t, beta, gamma, scale)
+    terms = dict(loss=ce + aligned, ce=ce, robust=robust, diff=diff, **agreement(j_s, j_t))
     return terms, [(discriminator, j_s.detach(), j_t)]
 
 
 def curriculum_loss(model, teacher, discriminator, curr_discriminator, x, y, k, beta, gamma, kind,
-                    scale, sign, drop_alignment=False):
+                    scale, sign, map_mode="train", drop_alignment=False):
     """Phase 2, eq. 16. sign: "literal" or "negated" for grad CE or -grad CE in eqs. 15 to 18.
 
     drop_alignment: leave out L_robust and L_diff (tables 5 and 6).
     """
     # CE + beta L_robust + gamma L_diff + beta L_curr-robust + gamma L_curr-diff
     j_t = teacher_maps(teacher, x, y, kind)
-    x = x.detach().requires_grad_(True)
-    logits = model(x)
-    ce_each = common.cross_entropy(logits, y)
-    loss = ce_each.mean()
-    teacher_norm = squared_distance(j_t, torch.zeros_like(j_t), scale)
-    terms = dict(ce=loss, teacher_norm=teacher_norm)
+    logits, x, map_logits = student_pass(model, x, y, map_mode)
+    loss = common.cross_entropy(logits, y).mean()
+    terms = dict(ce=loss)
     map_pairs = []
-    if not drop_alignment:  # eqs. 9, 11, 12, as in phase 1
-        j_s, = torch.autograd.grad(score(logits, y, kind).sum(), x, create_graph=True)
-        terms["robust"] = fooling_loss(discriminator, j_s, j_t)
-        terms["diff"] = squared_distance(j_s, j_t, scale)
-        loss = loss + beta * terms["robust"] + gamma * terms["diff"]
+    if not drop_alignment:  # as in phase 1
+        j_s, = torch.autograd.grad(score(map_logits, y, kind).sum(), x, create_graph=True)
+        aligned, robust, diff = match(discriminator, j_s, j_t, beta, gamma, scale)
+        loss = loss + aligned
+        terms |= dict(robust=robust, diff=diff, **agreement(j_s, j_t))
         map_pairs.append((discriminator, j_s.detach(), j_t))
-    # Eq. 15:  J_S^CE = grad CE, of each image alone;  eq. 18:  ||J_S^CE - J_T,k^TCI||^2
-    j_ce, = torch.autograd.grad(ce_each.sum(), x, create_graph=True)
+    # Eq. 15:  J_S^CE = grad CE, of each image alone, to be equal to J_T,k^TCI
+    ce_sum = common.cross_entropy(map_logits, y).sum()
+    j_ce, = torch.autograd.grad(ce_sum, x, create_graph=True)
     if sign == "negated":
         j_ce = -j_ce
     j_tk = top_k(j_t, k)
-    terms["curr_robust"] = fooling_loss(curr_discriminator, j_ce, j_tk)
-    terms["curr_diff"] = squared_distance(j_ce, j_tk, scale)
-    loss = loss + beta * terms["curr_robust"] + gamma * terms["curr_diff"]
+    matched, curr_robust, curr_diff = match(curr_discriminator, j_ce, j_tk, beta, gamma, scale)
+    terms |= dict(curr_robust=curr_robust, curr_diff=curr_diff)
     map_pairs.append((curr_discriminator, j_ce.detach(), j_tk))
-    return dict(loss=loss, **terms), map_pairs
+    return dict(loss=loss + matched, **terms), map_pairs
 
 
 def discriminator_loss(map_pairs):
@@ -224,21 +244,20 @@ def discriminator_loss(map_pairs):
     return dict(loss=sum(losses), right=torch.stack(right).mean())
 
 
-def alternate(optimizer, discriminators, autocast, loss, x, y, k, train_discriminators):
+def alternate(optimizer, discriminators, precision, loss, x, y, train_discriminators):
     """A step of the student on (x, y), then perhaps one of the discriminators on its maps.
 
-    loss: function (x, y, k) -> (terms, map_pairs). autocast: makes the context of a step. SGD
-    leaves networks without gradients alone. Returns the student's terms and the discriminators',
-    None without a step.
+    loss: function (x, y) -> (terms, map_pairs). SGD leaves networks without gradients alone.
+    Returns the student's terms and the discriminators', None without a step.
     """
     discriminators.requires_grad_(False)
-    with autocast():
-        terms, map_pairs = loss(x, y, k)
+    with common.autocast(x.device, precision):
+        terms, map_pairs = loss(x, y)
     common.update(optimizer, terms["loss"], len(x))
     if not (train_discriminators and map_pairs):
         return terms, None
     discriminators.requires_grad_(True)
-    with autocast():
+    with common.autocast(x.device, precision):
         own_terms = discriminator_loss(map_pairs)
     common.update(optimizer, own_terms["loss"], len(x))
     return terms, own_terms
@@ -248,8 +267,8 @@ def alternate(optimizer, discriminators, autocast, loss, x, y, k, train_discrimi
 
 class Stage(NamedTuple):
     """What an epoch trains with. All epochs of a stage have the same."""
-    name: str | None  # of the file that is kept after the stage
-    loss: object  # function (x, y, k) -> (terms, map_pairs)
+    loss: object  # function (x, y) -> (terms, map_pairs)
+    name: str | None = None  # of the file that is kept after the stage
     k: int = 100  # percentage of pixels; 100: not phase 2
     mode: str = "train"  # the network's
 
@@ -257,12 +276,23 @@ class Stage(NamedTuple):
 def student_plan(args, losses):
     """The stage of every epoch. losses: of --method: classification, phase 1, phase 2."""
     if len(losses) == 1:
-        return args.align_epochs * [Stage(None, losses[0])]
-    plan = args.align_delay * [Stage(None, losses[0])]
-    plan += (args.align_epochs - args.align_delay) * [Stage("align", losses[1])]
+        return args.align_epochs * [Stage(losses[0])]
+    plan = args.align_delay * [Stage(losses[0])]
+    plan += (args.align_epochs - args.align_delay) * [Stage(losses[1], "align")]
     if len(losses) > 2:
         for k in args.ks:
-            plan += args.k_epochs * [Stage(f"k{k}", losses[2], k)]
+            plan += args.k_epochs * [Stage(functools.partial(losses[2], k=k), f"k{k}", k)]
+    return plan
+
+
+def pgd_at_plan(args, teacher):
+    """The stages of a teacher that is trained here: the radius grows during the warm-up."""
+    plan = []
+    for epoch in range(args.teacher_epochs):
+        ratio = min(1.0, (epoch + 1) / (args.teacher_warmup + 1))
+        plan.append(Stage(functools.partial(
+            pgd_at_loss, teacher, eps=ratio * args.eps, step_size=ratio * args.step_size,
+            attack_steps=args.attack_steps, mode=args.attack_mode)))
     return plan
 
 
@@ -289,49 +319,48 @@ def validate(model, val, eps, step_size):
             "val/robust": common.accuracy(model, val, attack=attack)}
 
 
+def train_epoch(args, epoch, stage, rate, precision, model, discriminators, optimizer, train):
+    """One epoch; returns its row of the log. rate: function (args, epoch)."""
+    started = time.perf_counter()
+    steps = common.steps_per_epoch(len(train.labels), args.batch_size)
+    meter = common.Meter(epoch)
+    own_meter = common.Meter(epoch)
+    model.train(stage.mode == "train")
+    batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment)
+    for step, (x, y, _) in enumerate(batches):
+        lr = rate(args, epoch)
+        if args.schedule == "onecycle":  # one cycle over all stages
+            lr = args.lr * common.one_cycle((epoch + (step + 0.5) / steps) / args.epochs)
+        common.set_lr(optimizer, lr)
+        if args.input_noise:
+            x = (x + args.input_noise * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
+        terms, own_terms = alternate(
+            optimizer, discriminators, precision, stage.loss, x, y,
+            train_discriminators=step % DISCRIMINATORS_EVERY == 0)
+        meter.add(len(x), terms)
+        if own_terms:
+            own_meter.add(len(x), own_terms)
+
+    row = {"epoch": epoch + 1, "k": stage.k, "lr": lr}
+    row |= {f"train/{name}": value for name, value in meter.read().items()}
+    row |= {f"discriminator/{name}": value for name, value in own_meter.read().items()}
+    row["seconds"] = time.perf_counter() - started
+    return row
+
+
 def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train, val, metric):
     """All epochs that are left. plan: the stage of each one; rate: function (args, epoch).
 
     metric: the column whose highest value makes the best epoch; None: the last one.
     """
-    device = train.labels.device
-    steps = common.steps_per_epoch(len(train.labels), args.batch_size)
-
-    def autocast():
-        return common.autocast(device, run.precision)
     for epoch in range(run.first, args.epochs):
-        stage = plan[epoch]
-        if epoch and stage != plan[epoch - 1]:
+        if epoch and plan[epoch].name != plan[epoch - 1].name:
             keep_stage(run, plan[epoch - 1])
-        if epoch and stage.loss is not plan[epoch - 1].loss:
-            run.best = None  # only epochs with the last loss compete
-        started = time.perf_counter()
-        meter = common.Meter(epoch)
-        own_meter = common.Meter(epoch)
-        model.train(stage.mode == "train")
-        batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment)
-        for step, (x, y, _) in enumerate(batches):
-            lr = rate(args, epoch)
-            if args.schedule == "onecycle":  # one cycle over all stages
-                lr = args.lr * common.one_cycle((epoch + (step + 0.5) / steps) / args.epochs)
-            common.set_lr(optimizer, lr)
-            if args.input_noise:
-                x = (x + args.input_noise * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
-            terms, own_terms = alternate(
-                optimizer, discriminators, autocast, stage.loss, x, y, stage.k,
-                train_discriminators=step % DISCRIMINATORS_EVERY == 0)
-            meter.add(len(x), terms)
-            if own_terms:
-                own_meter.add(len(x), own_terms)
-
-        row = {"epoch": epoch + 1, "k": stage.k, "lr": lr}
-        row |= {f"train/{name}": value for name, value in meter.read().items()}
-        row |= {f"discriminator/{name}": value for name, value in own_meter.read().items()}
-        row["seconds"] = time.perf_counter() - started
-        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
+        row = train_epoch(args, epoch, plan[epoch], rate, run.precision, model, discriminators,
+                          optimizer, train)
         if args.val:
             common.seed_stream(args.seed, "validation", epoch)
-            with autocast():
+            with common.autocast(train.labels.device, run.precision):
                 row |= validate(model, val, args.eps, args.step_size)
         state = {name: value.cpu().clone() for name, value in discriminators.state_dict().items()}
         run.finish_epoch(model, optimizer, row, metric=row.get(metric),
@@ -360,6 +389,13 @@ def with_new_head(given, name, normalize, facts, device):
     return teacher
 
 
+def same_task(checkpoint, args, facts):
+    """Whether a checkpoint's network knows this run's classes."""
+    return (checkpoint["dataset"] == args.dataset
+            and checkpoint["args"].get("classes") == args.classes
+            and checkpoint["num_classes"] == facts["classes"])
+
+
 def get_teacher(args, defaults, facts, precision, path, train, val):
     """The teacher in eval mode, its weights frozen: --teacher, or one that is trained here.
 
@@ -367,35 +403,28 @@ def get_teacher(args, defaults, facts, precision, path, train, val):
     """
     device = train.labels.device
     common.seed_stream(args.seed, "teacher")
-    changes = dict(method="teacher", epochs=args.teacher_epochs, ckpt=str(path), init=None,
-                   input_noise=0.0)
+    own = argparse.Namespace(**vars(args))  # the flags of the teacher's run
+    own.method = "teacher"
+    own.epochs = args.teacher_epochs
+    own.ckpt = str(path)
+    own.init = None
+    own.input_noise = 0.0
     if args.teacher:
-        teacher, checkpoint = common.load_model(args.teacher, "best", device,
-                                                architecture=args.model)
-        same_data = checkpoint["dataset"] == args.dataset
-        same_classes = checkpoint["args"].get("classes") == args.classes
-        if same_data and same_classes and checkpoint["num_classes"] == facts["classes"]:
-            return teacher.eval().requires_grad_(False)
+        given, checkpoint = common.load_model(args.teacher, "best", device,
+                                              architecture=args.model)
+        if same_task(checkpoint, args, facts):
+            return given.eval().requires_grad_(False)
         if Path(args.teacher).resolve() == path.resolve():
             raise common.UsageError(f"--teacher {path} would be replaced by its own fine-tuning: "
                                     "another --ckpt")
-        own_file = ".py:" in checkpoint["model"]
-        changes["model"] = args.model if own_file else checkpoint["model"]
-        changes["normalize"] = checkpoint["normalize"]
-        teacher = with_new_head(teacher, changes["model"], changes["normalize"], facts, device)
-        loss = functools.partial(ignore_k, ce_loss, teacher)
-        plan = args.teacher_epochs * [Stage(None, loss, mode="eval")]
+        if ".py:" not in checkpoint["model"]:
+            own.model = checkpoint["model"]
+        own.normalize = checkpoint["normalize"]
+        teacher = with_new_head(given, own.model, own.normalize, facts, device)
+        plan = own.epochs * [Stage(functools.partial(ce_loss, teacher), mode="eval")]
     else:
         teacher = common.build_model(args.model, facts, args.normalize, device)
-        plan = []
-        for epoch in range(args.teacher_epochs):  # the radius grows during the warm-up
-            ratio = min(1.0, (epoch + 1) / (args.teacher_warmup + 1))
-            loss = functools.partial(
-                ignore_k, pgd_at_loss, teacher, eps=ratio * args.eps,
-                step_size=ratio * args.step_size, attack_steps=args.attack_steps,
-                mode=args.attack_mode)
-            plan.append(Stage(None, loss))
-    own = argparse.Namespace(**{**vars(args), **changes})
+        plan = pgd_at_plan(args, teacher)
     weights = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay,
                                 fused=True)
@@ -406,9 +435,13 @@ def get_teacher(args, defaults, facts, precision, path, train, val):
     return teacher.eval().requires_grad_(False)
 
 
-def ignore_k(loss, model, x, y, k, **options):
-    """A loss of the teacher in the place of a student's: it has no use for k."""
-    return loss(model, x, y, **options)
+def teacher_beside(init):
+    """run.teacher.pt where --init is run.pt, run.align.pt or run.k50.pt; None where it is not."""
+    path = Path(init)
+    names = [path.stem, Path(path.stem).stem]
+    found = [path.with_name(f"{name}.teacher.pt") for name in names]
+    found = [str(teacher) for teacher in found if teacher.exists()]
+    return found[0] if found else None
 
 
 # -------------------------------------------------------------------------------- flags and loop
@@ -418,6 +451,7 @@ def settings(flags, facts):
     table = common.table_settings(PAPER, flags, facts, with_eps=("step_size",))
     chosen = {name: value for name, value in vars(flags).items() if value is not None}
     both = {**table, **chosen}
+    table["score2"] = flags.score
     table["epochs"] = both["align_epochs"]
     if flags.method == "curriculum":
         table["epochs"] += len(both["ks"]) * both["k_epochs"]
@@ -431,20 +465,19 @@ def parse(losses, argv=None):
     flag = parser.add_argument_group("method").add_argument
     flag("--method", choices=losses, default="curriculum", help="curriculum: phases 1 and 2; "
          "align: phase 1 alone; nt: normal training for --align-epochs (%(default)s)")
-    flag("--teacher", metavar="CKPT", help="the teacher, also of another data set; without it one "
-         "is trained first")
     flag("--score", choices=["logit", "prob"], default="prob", help="saliency is the input "
          "gradient of the true class's logit or probability (%(default)s)")
+    flag("--score2", choices=["logit", "prob"], help="the same in phase 2 (%(default)s)")
+    flag("--map-mode", choices=["train", "eval"], default="train", help="BatchNorm's mode in the "
+         "pass that the student's maps come from (%(default)s)")
     flag("--curriculum-sign", choices=["literal", "negated"], default="negated", help="eq. 18 with "
          "grad CE or with minus grad CE (%(default)s)")
     flag("--ldiff-scale", choices=["image", "family"], default="image", help="squared distances "
          "are summed over an image, or over the batch with images in [0, 255] (%(default)s)")
     flag("--beta", type=common.number(0), help="weight of L_robust in phase 1 (%(default)s)")
     flag("--gamma", type=common.number(0), help="weight of L_diff in phase 1 (%(default)s)")
-    flag("--beta2", type=common.number(0), help="weight of L_robust and L_curr-robust in phase 2 "
-         "(%(default)s)")
-    flag("--gamma2", type=common.number(0), help="weight of L_diff and L_curr-diff in phase 2 "
-         "(%(default)s)")
+    flag("--beta2", type=common.number(0), help="weight of both L_robust in phase 2 (%(default)s)")
+    flag("--gamma2", type=common.number(0), help="weight of both L_diff in phase 2 (%(default)s)")
     flag("--align-epochs", type=common.natural, help="epochs of phase 1; 0 with --init: table 8 "
          "(%(default)s)")
     flag("--ks", type=common.several(1, 100), help="percentages of pixels in phase 2, in order; "
@@ -456,6 +489,18 @@ def parse(losses, argv=None):
          "cross-entropy alone (%(default)s)")
     flag("--input-noise", type=common.number(0, 1), default=0.0, help="half-width of uniform noise "
          "on the images of student and teacher, in [0, 1] units (%(default)s)")
+    teacher_flags(parser.add_argument_group("teacher").add_argument)
+    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
+    if args.init and not args.teacher and args.method != "nt":
+        args.teacher = teacher_beside(args.init)
+    check(args, common.given_flags(parser, argv).keys())
+    return args, facts, defaults
+
+
+def teacher_flags(flag):
+    """The flags of the teacher and of its training."""
+    flag("--teacher", metavar="CKPT", help="the teacher, also of another data set; without it the "
+         "one beside --init, or one that is trained first")
     flag("--teacher-epochs", type=common.count, help="epochs of the teacher's PGD training, or of "
          "its new last layer (%(default)s)")
     flag("--teacher-warmup", type=common.natural, help="first epochs of it in which the radius "
@@ -463,23 +508,25 @@ def parse(losses, argv=None):
     flag("--attack-steps", type=common.count, help="steps of the teacher's PGD (%(default)s)")
     flag("--step-size", type=common.unit, help="step of the teacher's PGD and the smallest of "
          "validation's, in [0, 1] units (%(default)s)")
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
-    check(args, common.given_flags(parser, argv).keys())
-    return args, facts, defaults
 
 
 def check(args, given):
     """UsageError where flags contradict each other or do nothing. given: of the command line."""
     unread = set()
-    if args.teacher or args.method == "nt":
-        unread |= given & {"attack_steps", "attack_mode", "teacher_warmup"}
+    because = f"--method {args.method}"
     if args.method == "nt":
-        unread |= given & {"teacher", "teacher_epochs", "align_delay"}
+        unread |= given & {"teacher", "teacher_epochs", "teacher_warmup", "attack_steps",
+                           "attack_mode", "align_delay"}
     if args.method != "curriculum":
         unread |= given & {"ks", "k_epochs"}
+    if args.teacher and not unread:
+        because = f"--teacher {args.teacher}"
+        unread |= given & {"attack_steps", "attack_mode", "teacher_warmup"}
+    if not args.align_epochs and not unread:
+        because = "--align-epochs 0"
+        unread |= given & {"beta", "gamma", "align_delay"}
     if unread:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unread))
-        because = "--teacher" if args.teacher else f"--method {args.method}"
         raise common.UsageError(f"{because} has no use for {names}")
     if "epochs" in given:
         raise common.UsageError("--epochs follows from --align-epochs, --ks and --k-epochs")
@@ -497,17 +544,17 @@ def main():
     # One line per method. A flag that only other methods' lines read is refused. The lines run
     # later: args, model and the like are set below.
     # Each has the losses of its stages: classification, phase 1, phase 2.
-    def nt(x, y, k):
+    def nt(x, y):
         return ce_loss(model, x, y)
 
-    def align(x, y, k):
+    def align(x, y):
         return align_loss(model, teacher, discriminators[0], x, y, args.beta, args.gamma,
-                          args.score, args.ldiff_scale)
+                          args.score, args.ldiff_scale, args.map_mode)
 
     def curriculum(x, y, k):
         return curriculum_loss(model, teacher, discriminators[0], discriminators[1], x, y, k,
-                               args.beta2, args.gamma2, args.score, args.ldiff_scale,
-                               args.curriculum_sign, args.drop_alignment)
+                               args.beta2, args.gamma2, args.score2, args.ldiff_scale,
+                               args.curriculum_sign, args.map_mode, args.drop_alignment)
 
     losses = {"curriculum": [nt, align, curriculum], "align": [nt, align], "nt": [nt]}
     args, facts, defaults = parse(losses)
