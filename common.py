@@ -299,14 +299,7 @@ def parse_flags(parser, argv, settings, losses, always=("eps",)):
         parser.set_defaults(**{name: shown(value) for name, value in defaults.items()})
         parser.print_help()
         sys.exit(0)
-    if flags.resume and flags.overwrite:
-        raise UsageError("--resume continues a run and --overwrite replaces it: give one of them")
-    if flags.resume and not flags.ckpt:
-        raise UsageError("--resume needs --ckpt, the run to go on with")
-    if flags.ckpt and not flags.ckpt.endswith(".pt"):
-        raise UsageError(f"--ckpt {flags.ckpt}: the name must end in .pt")
-    if flags.ckpt and flags.ckpt.endswith(".resume.pt"):
-        raise UsageError(f"--ckpt {flags.ckpt}: give the run's own name, without .resume")
+    check_paths(flags)
     refuse_unread(flags.method, given, losses, always)
     flags = argparse.Namespace(**{**defaults, **given})
     for name in sorted(flags_read(losses[flags.method]) & vars(flags).keys()):
@@ -315,6 +308,18 @@ def parse_flags(parser, argv, settings, losses, always=("eps",)):
                              f"has no default for it on {flags.dataset}: give the flag, or put "
                              "a value into PAPER")
     return flags, facts, defaults
+
+
+def check_paths(flags):
+    """UsageError where --ckpt, --resume and --overwrite contradict each other."""
+    if flags.resume and flags.overwrite:
+        raise UsageError("--resume continues a run and --overwrite replaces it: give one of them")
+    if flags.resume and not flags.ckpt:
+        raise UsageError("--resume needs --ckpt, the run to go on with")
+    if flags.ckpt and not flags.ckpt.endswith(".pt"):
+        raise UsageError(f"--ckpt {flags.ckpt}: the name must end in .pt")
+    if flags.ckpt and flags.ckpt.endswith(".resume.pt"):
+        raise UsageError(f"--ckpt {flags.ckpt}: give the run's own name, without .resume")
 
 
 def given_flags(parser, argv):
@@ -1251,26 +1256,27 @@ def check_images(x):
         raise ValueError("attacks take images in [0, 1]: normalisation belongs inside the model")
 
 
+def l1_norm(grad):
+    """Of each image's gradient, (N, 1, 1, 1), never 0."""
+    return grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
+
+
 def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=None, momentum=None,
                 targeted=False, labels=None, mode="eval"):
     """The gradient loop of every L-infinity attack: x' <- clip(x' + step * sign(gradient)).
 
-    clip: into the eps-ball around x and into [0, 1]. Returns the perturbed images, detached.
-
-    x: images in [0, 1], (N, C, H, W), else ValueError.
-    target: what `loss` compares logits with, a row per image: labels, or reference logits for kl.
-    eps, step: numbers or tensors (N,), in [0, 1] units.
+    clip: into the eps-ball around x and into [0, 1]. Returns x', (N, C, H, W), detached.
+    x: images in [0, 1], else ValueError. eps, step: numbers or tensors (N,), in [0, 1] units.
+    target: what `loss` compares logits with, a row per image: labels, or logits for kl.
     start: function (x, eps) -> first iterate; x itself by default.
-    momentum: mu of MI-FGSM (SAT-Rx eq. 10), None for plain steps.
-    targeted: whether the loss is to fall.
-    labels: for evaluation, (N,). An image's result is then its first iterate that is not
-        classified as its label, and no further steps are spent on it.
+    momentum: mu of MI-FGSM (SAT-Rx eq. 10). targeted: the loss is to fall.
+    labels: (N,); an image is done at its first iterate that is not classified so (evaluation).
     mode: the model's while it is attacked, "eval" or "train"; its own is restored.
     """
     check_images(x)
-    x = x.detach()
     if not len(x):  # half of a batch of one: networks need not take an empty batch
-        return x
+        return x.detach()
+    x = x.detach()
     eps = per_image(eps, x)
     step = per_image(-step if targeted else step, x)
     low = (x - eps).clamp(min=0)
@@ -1290,8 +1296,7 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
                 if not len(rows):
                     return result
             if momentum is not None:
-                l1_norm = grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
-                velocity = momentum * velocity + grad / l1_norm
+                velocity = momentum * velocity + grad / l1_norm(grad)
                 grad = velocity
             x_adv = (x_adv + step * grad.sign()).clamp(low, high)
     result[rows] = x_adv.clamp(low, high)
