@@ -152,17 +152,19 @@ def pgd_at_loss(model, x, y, eps, step_size, attack_steps, mode="eval"):
 
 
 def student_pass(model, x, y, map_mode):
-    """(logits for CE, images, logits for maps). Maps are gradients with respect to these images.
+    """(CE, images, logits for maps, their cross-entropies (N,)).
 
-    map_mode: "train": both logits are of one pass. "eval": a second pass, with BatchNorm in eval
-    mode, makes those for the maps.
+    Maps are gradients with respect to these images. map_mode: "train": all are of one pass.
+    "eval": a second pass, with BatchNorm in eval mode, is for the maps.
     """
     x = x.detach().requires_grad_(True)
     logits = model(x)
+    ce_each = common.cross_entropy(logits, y)
     if map_mode == "train":
-        return logits, x, logits
+        return ce_each.mean(), x, logits, ce_each
     with common.model_mode(model, "eval"):
-        return logits, x, model(x)
+        map_logits = model(x)
+    return ce_each.mean(), x, map_logits, common.cross_entropy(map_logits, y)
 
 
 def match(discriminator, j_s, j_t, beta, gamma, scale):
@@ -190,8 +192,7 @@ def align_loss(model, teacher, discriminator, x, y, beta, gamma, kind, scale, ma
     """Phase 1, eq. 13. kind: of `score`; scale: of `squared_distance`."""
     # CE + beta L_robust + gamma L_diff
     j_t = teacher_maps(teacher, x, y, kind)
-    logits, x, map_logits = student_pass(model, x, y, map_mode)
-    ce = common.cross_entropy(logits, y).mean()
+    ce, x, map_logits, _ = student_pass(model, x, y, map_mode)
     # Eq. 9:  J_S^TCI = grad Psi_y
     j_s, = torch.autograd.grad(score(map_logits, y, kind).sum(), x, create_graph=True)
     aligned, robust, diff = match(discriminator, j_s, j_t, beta, gamma, scale)
@@ -207,8 +208,7 @@ def curriculum_loss(model, teacher, discriminator, curr_discriminator, x, y, k, 
     """
     # CE + beta L_robust + gamma L_diff + beta L_curr-robust + gamma L_curr-diff
     j_t = teacher_maps(teacher, x, y, kind)
-    logits, x, map_logits = student_pass(model, x, y, map_mode)
-    loss = common.cross_entropy(logits, y).mean()
+    loss, x, map_logits, map_ce = student_pass(model, x, y, map_mode)
     terms = dict(ce=loss)
     map_pairs = []
     if not drop_alignment:  # as in phase 1
@@ -218,8 +218,7 @@ def curriculum_loss(model, teacher, discriminator, curr_discriminator, x, y, k, 
         terms |= dict(robust=robust, diff=diff, **agreement(j_s, j_t))
         map_pairs.append((discriminator, j_s.detach(), j_t))
     # Eq. 15:  J_S^CE = grad CE, of each image alone, to be equal to J_T,k^TCI
-    ce_sum = common.cross_entropy(map_logits, y).sum()
-    j_ce, = torch.autograd.grad(ce_sum, x, create_graph=True)
+    j_ce, = torch.autograd.grad(map_ce.sum(), x, create_graph=True)
     if sign == "negated":
         j_ce = -j_ce
     j_tk = top_k(j_t, k)

@@ -1,4 +1,4 @@
-"""Shared pieces of the tests: the path, small networks, and two networks trained on real digits."""
+"""What the tests share: the path, calls of a script, small networks, runs on real digits."""
 
 import sys
 from pathlib import Path
@@ -20,8 +20,12 @@ def quiet(monkeypatch):
 
 
 def run_main(main, script, *words):
-    """Call a script's main() in this process as the command line would; UsageError passes through."""
-    before, sys.argv = sys.argv, [script, *map(str, words)]
+    """Call a script's main() in this process as the command line would.
+
+    UsageError passes through.
+    """
+    before = sys.argv
+    sys.argv = [script, *map(str, words)]
     try:
         main()
     finally:
@@ -29,13 +33,17 @@ def run_main(main, script, *words):
 
 
 def parse(script, *words):
-    """(flags, facts, defaults) that a script's main() would train with; UsageError passes through."""
+    """(flags, facts, defaults) that a script's main() would train with.
+
+    UsageError passes through.
+    """
     class Parsed(Exception):
         pass
 
     def stop(losses, argv=None):
         raise Parsed(real(losses, words))
-    real, script.parse = script.parse, stop
+    real = script.parse
+    script.parse = stop
     try:
         script.main()
     except Parsed as parsed:
@@ -59,7 +67,8 @@ def method_loss(script, *words, **variables):
     def keep(losses, argv=None):
         dictionary.update(losses)
         return real(losses, argv)
-    real, script.parse = script.parse, keep
+    real = script.parse
+    script.parse = keep
     try:
         flags, facts, _ = parse(script, *words)
     finally:
@@ -73,14 +82,17 @@ def method_loss(script, *words, **variables):
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
-    """train(method, *flags) -> path of a sat_rx.py run on digits; each combination is trained once a session."""
+    """train(method, *flags) -> path of a sat_rx.py run on digits.
+
+    Each combination is trained once a session.
+    """
     done = {}
 
     def get(method, *flags):
         if (method, *flags) not in done:
             path = tmp_path_factory.mktemp("runs") / f"{method}.pt"
-            words = ["--method", method, "--dataset", "digits", "--ckpt", path, "--wandb", "disabled", *flags]
-            run_main(sat_rx.main, "sat_rx.py", *words)
+            words = ["--method", method, "--dataset", "digits", "--ckpt", path]
+            run_main(sat_rx.main, "sat_rx.py", *words, "--wandb", "disabled", *flags)
             done[method, *flags] = path
         return done[method, *flags]
     return get
@@ -89,14 +101,21 @@ def train(tmp_path_factory):
 def random_mnist(folder):
     """Write folder/mnist.npz of 60 random images in each split."""
     rng = np.random.default_rng(0)
-    np.savez(folder / "mnist.npz", **{f"{s}_images": rng.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8)
-                                      for s in ("train", "test")}, train_labels=rng.integers(0, 10, 60),
-             test_labels=rng.integers(0, 10, 60))
+    arrays = {}
+    for name in ("train_images", "test_images"):
+        arrays[name] = rng.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8)
+    for name in ("train_labels", "test_labels"):
+        arrays[name] = rng.integers(0, 10, 60)
+    np.savez(folder / "mnist.npz", **arrays)
 
 
 def run_interrupted(main, script, at, *words):
-    """Call a script's main() with --resume until it ends, Ctrl-C falling at the `at`-th epochs that it starts."""
-    real, started = common.train_batches, []
+    """Call a script's main() with --resume until it ends.
+
+    Ctrl-C falls at the `at`-th epochs that it starts, counted from 1 over all calls.
+    """
+    real = common.train_batches
+    started = []
 
     def interrupted(*args):
         started.append(args)
@@ -114,23 +133,31 @@ def run_interrupted(main, script, at, *words):
 
 
 def check_slopes(model, terms, rel):
-    """Every named scalar of terms() against finite differences, along a random direction of the weights (float64)."""
+    """Every named scalar of terms() against finite differences (float64).
+
+    They are taken along a random direction of the weights.
+    """
     for name in terms():
         model.zero_grad()
         terms()[name].backward()
         torch.manual_seed(0)
         direction = [torch.randn_like(p) for p in model.parameters()]
-        slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction) if p.grad is not None).item()
+        slope = 0
+        for p, d in zip(model.parameters(), direction):
+            if p.grad is not None:
+                slope += (p.grad * d).sum().item()
         values = []
         for h in (1e-6, -2e-6, 1e-6):
             for p, d in zip(model.parameters(), direction):
                 p.data += h * d
             values.append(terms()[name].item())
-        assert abs(slope) > 1e-6 and slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=rel), name
+        expected = (values[0] - values[1]) / 2e-6
+        assert abs(slope) > 1e-6, name
+        assert slope == pytest.approx(expected, rel=rel), name
 
 
 class Linear(nn.Module):
-    """Logits W x + b: every attack has a closed form. Keeps its weights as .weight (classes, pixels)."""
+    """Logits W x + b: every attack has a closed form. W is .layer.weight (classes, pixels)."""
 
     def __init__(self, shape=(1, 4, 4), classes=3, seed=0, scale=1.0):
         super().__init__()
@@ -147,8 +174,9 @@ class SmallNet(nn.Sequential):
     """A convolutional network with BatchNorm and dropout, whose mode matters."""
 
     def __init__(self, channels=1, classes=5):
-        super().__init__(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5),
-                         nn.Flatten(), nn.LazyLinear(classes))
+        convolution = nn.Conv2d(channels, 6, 3, padding=1)
+        super().__init__(convolution, nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+                         nn.LazyLinear(classes))
 
 
 def plain(net):
