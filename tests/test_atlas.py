@@ -116,6 +116,15 @@ def test_loss_equals_the_formula(case, ratio):
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_the_first_step_leaves_the_batch_as_it_is(case):
+    """At eps 0 x' is x itself: it must not come to require a gradient."""
+    _, x, y, _, loss = small(*case)
+    before = x.clone()
+    loss(x, y, 0.0)["loss"].backward()
+    assert torch.equal(x, before) and not x.requires_grad and x.grad is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_gradient_by_finite_differences(case):
     """Every term, in float64, along a random direction of the weights.
 
@@ -315,7 +324,7 @@ def test_the_schedule_is_reduce_on_plateau():
         history = []
         best = -1
         since = 0
-        args = argparse.Namespace(lr=0.1, schedule="paper", ramp=5, plateau=2)
+        args = argparse.Namespace(lr=0.1, schedule="paper", guide="validation", ramp=5, plateau=2)
         assert atlas.learning_rate(args, history, 0, 0.5) == 0.1
         for epoch, value in enumerate(values, 1):
             history.append({"epoch": epoch, "val/robust": value})
@@ -329,6 +338,19 @@ def test_the_schedule_is_reduce_on_plateau():
                 theirs.step(value)
             assert lr == pytest.approx(optimizer.param_groups[0]["lr"])
             assert finished == (since >= 10)
+
+
+def test_the_fixed_schedule_falls_after_given_shares():
+    """70 epochs on MNIST: 35 at the full rate, 17 at a fifth, 18 at a 25th; else in proportion.
+
+    No accuracy is read. The first epoch has the full rate, however few there are.
+    """
+    def rates(*words):
+        args = flags_of(atlas, "--dataset", "mnist", "--guide", "fixed", *words)
+        return [atlas.learning_rate(args, None, epoch, 0.99) for epoch in range(args.epochs)]
+    assert rates() == pytest.approx([0.01] * 35 + [0.002] * 17 + [0.0004] * 18)
+    assert rates("--epochs", "8", "--lr", "5") == pytest.approx([5] * 4 + [1] * 2 + [0.2] * 2)
+    assert rates("--epochs", "1") == [0.01]
 
 
 def test_overfitting_is_announced(capsys):
@@ -345,6 +367,32 @@ def test_overfitting_is_announced(capsys):
     assert "from 0.600 to 0.300, ||J(x')||^2 risen from 5 to 30" in say((0.6, 5.0), (0.3, 30.0))
     assert "from 0.600 to 0.480" in say((0.6, 5.0), (0.56, 8.0), (0.52, 9.0), (0.48, 11.0))
     assert say((0.6, 5.0), (0.3, 30.0), (0.2, 40.0)) == ""
+
+
+def test_validation_takes_the_given_steps():
+    """Against a linear model each step of PGD goes uphill: x' is the start plus all, in the ball.
+
+    Two small steps leave more images right than steps that cross the ball.
+    """
+    model = Linear(classes=2, scale=0.3)
+    torch.manual_seed(0)
+    images = torch.randint(80, 176, (400, 1, 4, 4), dtype=torch.uint8)  # 0 and 1 are far away
+    x = images.float() / 255
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    uphill = (model.layer.weight[1 - y] - model.layer.weight[y]).sign().view_as(x).detach()
+    split = common.Split(images, y, torch.arange(len(y)))
+    measured = []
+    for steps, step_size in ((2, 0.002), (5, 0.008)):
+        torch.manual_seed(1)
+        row = atlas.validate(plain(model), split, 0.02, step_size, steps, 1.25, True)
+        torch.manual_seed(1)
+        start = x + 0.02 * (2 * torch.rand_like(x) - 1)
+        x_adv = (start + steps * step_size * uphill).clamp(x - 0.02, x + 0.02)
+        right = (model(x_adv).argmax(1) == y).float().mean().item()
+        measured.append(row["val/robust"])
+        assert row["val/clean"] == 1 and measured[-1] == pytest.approx(right, abs=0.003)
+    assert 0.2 < measured[1] < measured[0] - 0.1 < 0.9
 
 
 def test_validation_sees_the_one_step_attack():
@@ -407,7 +455,10 @@ def test_paper_settings():
     ["--method", "jac", "--beta", "1"], ["--val", "0"], ["--method", "jac", "--steps", "2"],
     ["--method", "adv", "--projections", "2"], ["--method", "jac", "--ramp", "1"],
     ["--steps", "2", "--no-clip-start"], ["--steps", "2", "--fgsm-step", "2"],
-    ["--schedule", "onecycle", "--plateau", "3"], ["--schedule", "onecycle", "--patience", "5"]],
+    ["--schedule", "onecycle", "--plateau", "3"], ["--schedule", "onecycle", "--patience", "5"],
+    ["--schedule", "onecycle", "--guide", "fixed"], ["--guide", "fixed", "--plateau", "3"],
+    ["--guide", "fixed", "--patience", "5"], ["--guide", "fixed", "--val", "0", "--val-steps", "5"],
+    ["--schedule", "onecycle", "--val", "0", "--val-step-size", "0.01"]],
     ids=" ".join)
 def test_what_has_no_use_is_refused(flags):
     names = [word for word in flags if word.startswith("--")]
@@ -427,6 +478,26 @@ def test_the_step_follows_eps():
             assert args.step_size == pytest.approx(ratio * usual.step_size)
             assert args.fgsm_step == 1.25
     assert flags_of(atlas, "--eps", "4/255", "--step-size", "2/255").step_size == 2 / 255
+
+
+def test_the_validation_step_is_the_training_step_unless_given():
+    """Both follow --eps; a given --val-step-size leaves training's alone."""
+    for words, expected in [([], (0.01, 0.01)), (["--eps", "0.15"], (0.005, 0.005)),
+                            (["--step-size", "0.02"], (0.02, 0.02)),
+                            (["--val-step-size", "0.03"], (0.01, 0.03)),
+                            (["--eps", "0.15", "--val-step-size", "0.03"], (0.005, 0.03))]:
+        args = flags_of(atlas, "--dataset", "mnist", *words)
+        assert (args.step_size, args.val_step_size) == pytest.approx(expected)
+        assert args.val_steps == 20
+
+
+def test_the_guide_sets_the_number_of_epochs():
+    """70 on MNIST with a fixed rate, at most 100 with a guided one."""
+    assert flags_of(atlas, "--dataset", "mnist").epochs == 100
+    assert flags_of(atlas, "--dataset", "mnist", "--guide", "fixed").epochs == 70
+    assert flags_of(atlas, "--guide", "fixed").epochs == 100
+    assert flags_of(atlas, "--dataset", "mnist", "--guide", "fixed", "--epochs", "9").epochs == 9
+    assert flags_of(atlas, "--guide", "fixed", "--val", "0").val == 0
 
 
 def test_loss_is_still_a_name_of_method():
@@ -511,3 +582,34 @@ def test_one_cycle(tmp_path, monkeypatch):
     run_main(atlas.main, "atlas.py", *words, "--epochs", "1", "--val", "0", "--overwrite")
     row, = torch.load(tmp_path / "run.pt", weights_only=True)["history"]
     assert "val/robust" not in row, "without a guide validation may be empty"
+
+
+def test_a_fixed_schedule_runs_all_epochs_and_keeps_the_best(tmp_path, monkeypatch, capsys):
+    """Eleven epochs without a gain do not end it; the best epoch is that of val/robust.
+
+    The validation attack has the numbers of its flags, and the log says which ones.
+    """
+    seen = []
+
+    def validate(model, val, eps, step_size, val_steps, *others):
+        seen.append((eps, step_size, val_steps))
+        return no_gain() | {"val/robust": 0.6 if len(seen) == 3 else 0.5}
+    monkeypatch.setattr(atlas, "validate", validate)
+    rates = record_rates(monkeypatch)
+    words = ["--dataset", "digits", "--model", "cnn-small", "--limit", "40", "--batch-size", "40",
+             "--ramp", "0", "--method", "adv", "--guide", "fixed", "--lr", "0.05", "--ckpt",
+             tmp_path / "run.pt"]
+    run_main(atlas.main, "atlas.py", *words, "--epochs", "14", "--val-steps", "7",
+             "--val-step-size", "0.03")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert (saved["last"]["epoch"], saved["best"]["epoch"]) == (14, 3)
+    assert rates == pytest.approx([0.05] * 7 + [0.01] * 3 + [0.002] * 4)
+    assert seen == [(0.1, 0.03, 7)] * 14
+    assert "robust is the accuracy under PGD-7 with step 0.03\n" in capsys.readouterr().out
+    with pytest.raises(common.UsageError, match="the schedule depends on --epochs"):
+        run_main(atlas.main, "atlas.py", *words, "--epochs", "15", "--val-steps", "7",
+                 "--val-step-size", "0.03", "--resume")
+    run_main(atlas.main, "atlas.py", *words, "--epochs", "2", "--val", "0", "--overwrite")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert saved["best"]["epoch"] == 2 and "val/robust" not in saved["history"][0]
+    assert "PGD" not in capsys.readouterr().out
