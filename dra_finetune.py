@@ -59,10 +59,13 @@ SECOND_PHASE = 10_000
 # - The last gradient ranks the values, by its magnitude. Printed are the pixel values against a
 #   signed threshold, and the algorithm's indices ask for one more gradient. The result is clipped
 #   to [0, 1].
+# - As printed, nothing bounds the change of a single value. --linf does: ours.
 # - The attacked network is the one in training, as figure 2 and table V need it, after the clean
-#   update of the same batch. Algorithm 1's input says the clean-data network.
+#   update of the same batch. Algorithm 1's input says the clean-data network: --attacked
+#   first-phase.
 # - MNIST: LeNet+; TRADES's networks have 20-50-500 channels unpadded, or 10-20-50 with dropout.
-#   Random crops without flips, which make no sense for digits.
+#   Random crops without flips, which make no sense for digits. --augment none: neither phase
+#   crops.
 # - Table I's MART is not here. Tables V and VI: --eps 1/255, and --adversary pgd --eps 2.55/255
 #   for table V's PGD rows; whether eps fell there is not printed.
 # - lr falls as a cosine within each phase. PGD as an adversary steps by 2.5 eps / steps from a
@@ -83,14 +86,16 @@ SECOND_PHASE = 10_000
 # ---------------------------------------------------------------------------------- the adversary
 # x: images (N, C, H, W), y: labels (N,). mode: of BatchNorm and dropout while an attack runs.
 
-def dra_attack(model, x, target, eps, steps, p, loss=common.cross_entropy, start=None,
+def dra_attack(model, x, target, eps, steps, p, linf=None, loss=common.cross_entropy, start=None,
                mode="eval"):
-    """The dynamically regulated adversary, algorithm 1.
+    """The dynamically regulated adversary, algorithm 1. x: in [0, 1], else ValueError.
 
     eps: at most the mean change per value before the filter, a number or (N,). p: the share of
-    values that it may change. target: what `loss` compares logits with. start: function (x, eps) ->
-    x_0, x itself by default. No projection; a gradient of zero moves nothing.
+    values that it may change. linf: at most the change of any value, a number or (N,), in [0, 1]
+    units; None: no bound. target: what `loss` compares logits with. start: function (x, eps) ->
+    x_0, x itself by default. A gradient of zero moves nothing.
     """
+    common.check_images(x)
     x = x.detach()
     x_t = x if start is None else start(x, eps)
     alpha = common.per_image(eps, x) / steps
@@ -99,6 +104,9 @@ def dra_attack(model, x, target, eps, steps, p, loss=common.cross_entropy, start
             g, _ = common.input_gradient(model, x_t, target, loss)
             # x_{t+1} = x_t + alpha g / mean|g|
             x_t = x_t + alpha * g / g.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+            if linf is not None:
+                radius = common.per_image(linf, x)
+                x_t = x_t.clamp(x - radius, x + radius).clamp(0, 1)
     # The filter: all but the share p of values with the largest |g| get back what they were.
     return torch.where(most_salient(g, p), x_t, x).clamp(0, 1)
 
@@ -111,18 +119,19 @@ def most_salient(g, p):
     return kept.view_as(g)
 
 
-def attack(model, x, target, eps, adversary, attack_steps, p, loss=common.cross_entropy,
-           start=None, mode="eval"):
-    """The adversarial images of the present network: by DRA, or by PGD in the eps-ball."""
+def attack(model, x, target, eps, adversary, attack_steps, p, linf=None,
+           loss=common.cross_entropy, start=None, mode="eval"):
+    """The adversarial images of a network: by DRA, or by PGD in the eps-ball. linf: of DRA."""
     if adversary == "dra":
-        return dra_attack(model, x, target, eps, attack_steps, p, loss, start, mode)
+        return dra_attack(model, x, target, eps, attack_steps, p, linf, loss, start, mode)
     step = 2.5 * eps / attack_steps
     return common.pgd(model, x, target, eps, step, attack_steps,
                       start=start or common.uniform_start, loss=loss, mode=mode)
 
 
 # ------------------------------------------------------------------------------------- the losses
-# Each returns named scalars; "loss" is the one to minimise.
+# Each returns named scalars; "loss" is the one to minimise. linf: DRA's bound on the change of any
+# value, or None. attacked: the network that the adversary attacks, model itself where it is None.
 
 def clean_loss(model, x, y):
     """CE(x): the first phase, and the first update of each batch of the second (section IV.A)."""
@@ -130,21 +139,24 @@ def clean_loss(model, x, y):
     return dict(loss=ce, ce_clean=ce)
 
 
-def adversarial_loss(model, x, y, eps, adversary, attack_steps, p, mode="eval"):
+def adversarial_loss(model, x, y, eps, adversary, attack_steps, p, linf=None, attacked=None,
+                     mode="eval"):
     """CE(x'): the second update of each batch (section IV.A), and Madry's training."""
-    x_adv = attack(model, x, y, eps, adversary, attack_steps, p, mode=mode)
+    attacked = model if attacked is None else attacked
+    x_adv = attack(attacked, x, y, eps, adversary, attack_steps, p, linf, mode=mode)
     ce_adv = common.cross_entropy(model(x_adv), y).mean()
     return dict(loss=ce_adv, ce_adv=ce_adv)
 
 
-def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, dual_lr,
-              mode="eval"):
+def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, dual_lr, linf=None,
+              attacked=None, mode="eval"):
     """Eqs. 8 and 9: one update on both losses. multiplier: lambda, a scalar tensor.
 
     ce_std: E CE(x; theta_std), the first phase's loss. "next_multiplier" is lambda after eq. 9.
     """
     # Eq. 8:  E CE(x') + lambda E [CE(x; theta) - CE(x; theta_std)]
-    x_adv = attack(model, x, y, eps, adversary, attack_steps, p, mode=mode)
+    attacked = model if attacked is None else attacked
+    x_adv = attack(attacked, x, y, eps, adversary, attack_steps, p, linf, mode=mode)
     ce_adv = common.cross_entropy(model(x_adv), y).mean()
     ce_clean = common.cross_entropy(model(x), y).mean()
     excess = ce_clean - ce_std
@@ -154,13 +166,13 @@ def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, 
                 multiplier=multiplier, next_multiplier=next_multiplier)
 
 
-def trades_loss(model, x, y, eps, lam, adversary, attack_steps, p, mode="eval"):
+def trades_loss(model, x, y, eps, lam, adversary, attack_steps, p, linf=None, mode="eval"):
     """TRADES: CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL. lam: 1/lambda."""
     logits = model(x)
     with torch.no_grad(), common.model_mode(model, mode):
         reference = model(x)
-    x_adv = attack(model, x, reference, eps, adversary, attack_steps, p, loss=common.kl,
-                   start=common.gaussian_start, mode=mode)
+    x_adv = attack(model, x, reference, eps, adversary, attack_steps, p, linf, common.kl,
+                   common.gaussian_start, mode)
     ce_clean = common.cross_entropy(logits, y).mean()
     kl = common.kl(model(x_adv), logits).mean()
     return dict(loss=ce_clean + lam * kl, ce_clean=ce_clean, kl=kl)
@@ -178,7 +190,8 @@ def settings(flags, facts):
         ratio = 1
     eps = flags.eps or table["eps"]
     table["eps_end"] = table.pop("eps_end_share") * eps
-    table["pgd_eps"] = ratio * eps if flags.normalized_eps else min(1.0, ratio * eps)
+    pgd_eps = flags.linf or ratio * eps
+    table["pgd_eps"] = pgd_eps if flags.normalized_eps else min(1.0, pgd_eps)
     epochs = flags.epochs or table["epochs"]
     table["clean_epochs"] = round(table.pop("clean_share") * epochs)
     return table
@@ -188,19 +201,33 @@ def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
     common.shared_flags(parser, dataset="cifar10")
-    flag = parser.add_argument_group("method").add_argument
+    method_flags(parser.add_argument_group("method").add_argument, losses)
+    args, facts, defaults = common.parse_flags(parser, argv, settings, losses,
+                                               always=("eps", "epochs"))
+    check_flags(args, common.given_flags(parser, argv).keys())
+    return args, facts, defaults
+
+
+def method_flags(flag, losses):
+    """The script's own flags. flag: the add_argument of a group. losses: the dictionary of main."""
     flag("--method", "--strategy", choices=losses, default="finetune", help="finetune: clean and "
          "adversarial updates in turn, after a first phase on clean images; dual: one update on "
          "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, both from scratch; "
          "vanilla: clean images alone, the first phase (%(default)s)")
     flag("--adversary", choices=["dra", "pgd"], help="of training (%(default)s)")
+    flag("--attacked", choices=["present", "first-phase"], default="present", help="the network "
+         "that the adversary attacks: the one in training, or the one that the first phase left, "
+         "which stays as it is (%(default)s)")
     flag("--p", type=common.number(0, 1), help="share of the values that DRA changes (%(default)s)")
+    flag("--linf", type=common.number(0, 1), default=0.0, help="the most by which DRA changes any "
+         "value, in [0, 1] units; 0: no bound (%(default)s)")
     flag("--eps-end", type=common.number(0, 1), help="where eps has fallen to after the last "
          "adversarial epoch, in [0, 1] units (%(default)s)")
-    flag("--pgd-eps", type=common.unit, help="radius of validation's PGD, in [0, 1] units; of DRA "
-         "the multiple of eps at which a vanilla network keeps as much (%(default)s)")
-    flag("--normalized-eps", action="store_true", help="eps, eps-end and pgd-eps are in units of "
-         "images divided by the data set's deviation")
+    flag("--pgd-eps", type=common.unit, help="radius of validation's PGD, in [0, 1] units. It "
+         "follows --eps: with DRA it is the multiple of eps at which a vanilla network keeps as "
+         "much accuracy, with PGD eps itself. With --linf it is that bound (%(default)s)")
+    flag("--normalized-eps", action="store_true", help="eps, eps-end, linf and pgd-eps are in "
+         "units of images divided by the data set's deviation")
     flag("--attack-steps", type=common.count, help="steps of the adversary (%(default)s)")
     flag("--clean-epochs", type=common.natural, help="last epochs, on clean images only "
          "(%(default)s)")
@@ -210,21 +237,25 @@ def parse(losses, argv=None):
     flag("--lam", type=common.number(0), help="1/lambda of TRADES (%(default)s)")
     flag("--dual-lr", type=common.number(0), help="dual: step of the ascent on lambda "
          "(%(default)s)")
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses,
-                                               always=("eps", "epochs"))
-    given = common.given_flags(parser, argv).keys()
+
+
+def check_flags(args, given):
+    """UsageError where flags do not fit together. given: names of those on the command line."""
     if given & {"pretrain_epochs", "pretrain_lr"} and (args.init or not args.has_first_phase):
         raise common.UsageError("--pretrain-epochs and --pretrain-lr are for a first phase: not "
                                 f"for --init, nor for --method {args.method}")
-    if "p" in given and args.adversary == "pgd":
-        raise common.UsageError("--adversary pgd has no use for --p: that is for dra")
+    of_dra = sorted(given & {"p", "linf"})
+    if of_dra and args.adversary == "pgd":
+        raise common.UsageError(f"--adversary pgd has no use for --{of_dra[0]}: that is for dra")
+    if args.attacked == "first-phase" and args.attack_mode == "train":
+        raise common.UsageError("--attacked first-phase: that network stays as it is, which "
+                                "--attack-mode train would change")
     if args.eps_end > args.eps:
         raise common.UsageError(f"--eps-end {common.shown(args.eps_end)}: eps falls to it from "
                                 f"{common.shown(args.eps)}")
     if args.clean_epochs >= args.epochs:
         raise common.UsageError(f"--clean-epochs {args.clean_epochs} leaves none of {args.epochs} "
                                 "epochs")
-    return args, facts, defaults
 
 
 def eps_at(epoch, epochs, eps, eps_end):
@@ -255,6 +286,7 @@ def state_at_start(args, model, train, val, second):
     """What the phase goes by: lambda's first value and, in the second one, what it starts from.
 
     std: E CE(x; theta_std) of eq. 7, where it is needed. before: accuracy on validation images.
+    first_phase: the weights that the first phase left, with --attacked first-phase alone.
     """
     state = dict(multiplier=torch.tensor(1.0), std=0.0, before=0.0)
     if args.method == "dual":
@@ -262,7 +294,50 @@ def state_at_start(args, model, train, val, second):
         state["std"] = mean_clean_loss(model, batches)
     if second and args.val:
         state["before"] = common.accuracy(model, val)
+    if second and args.attacked == "first-phase":
+        state["first_phase"] = {name: value.cpu().clone()
+                                for name, value in model.net.state_dict().items()}
     return state
+
+
+def frozen_copy(model, weights):
+    """The network that has these weights of model's backbone; it stays as it is, in eval mode."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen.net.load_state_dict(weights)
+    return frozen
+
+
+def train_epoch(run, args, updates, model, optimizer, train, epoch, offset, state):
+    """One epoch, counted from 0; returns its row of the log. eps is in the unit of its flag.
+
+    updates: see `train_phase`. offset: added to the epoch in the seeds. state: its lambda moves.
+    """
+    started = time.perf_counter()
+    meter = common.Meter(epoch)
+    model.train()
+    steps = common.steps_per_epoch(len(train.labels), args.batch_size)
+    adversarial_epochs = args.epochs - args.clean_epochs
+    clean = epoch >= adversarial_epochs
+    updates_now = updates[:1] if clean else updates
+    batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment, offset)
+    for step, (x, y, _) in enumerate(batches):
+        lr = learning_rate(args, epoch, (step + 0.5) / steps)
+        common.set_lr(optimizer, lr)
+        terms = {}
+        for loss in updates_now:
+            with common.autocast(x.device, run.precision):  # anew: it keeps copies of weights
+                terms |= loss(x, y, epoch, state)
+            common.update(optimizer, terms["loss"], len(x))
+        state["multiplier"] = terms.pop("next_multiplier", state["multiplier"])
+        meter.add(len(x), terms)
+
+    row = {"epoch": epoch + 1, "lr": lr}
+    if "eps" in common.flags_read(updates):
+        row["eps"] = 0.0 if clean else eps_at(epoch, adversarial_epochs, args.eps, args.eps_end)
+    row |= {f"train/{name}": value for name, value in meter.read().items()}
+    row["seconds"] = time.perf_counter() - started
+    row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
+    return row
 
 
 def train_phase(run, args, updates, model, train, val, radius, second):
@@ -276,40 +351,20 @@ def train_phase(run, args, updates, model, train, val, radius, second):
                                 weight_decay=args.weight_decay, fused=True)
     first = run.start(model, optimizer)
     with common.autocast(device, run.precision):
-        state = run.method_state or state_at_start(args, model, train, val, second)
-    state["multiplier"] = state["multiplier"].to(device)
-    steps = common.steps_per_epoch(len(train.labels), args.batch_size)
+        kept = run.method_state or state_at_start(args, model, train, val, second)
+    state = dict(kept, multiplier=kept["multiplier"].to(device), networks={"present": model})
+    if "first_phase" in kept:
+        state["networks"]["first-phase"] = frozen_copy(model, kept["first_phase"])
     offset = SECOND_PHASE if second else 0
     for epoch in range(first, args.epochs):
-        started = time.perf_counter()
-        meter = common.Meter(epoch)
-        model.train()
-        clean = epoch >= args.epochs - args.clean_epochs
-        updates_now = updates[:1] if clean else updates
-        batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment,
-                                       offset)
-        for step, (x, y, _) in enumerate(batches):
-            lr = learning_rate(args, epoch, (step + 0.5) / steps)
-            common.set_lr(optimizer, lr)
-            terms = {}
-            for loss in updates_now:
-                with common.autocast(device, run.precision):  # anew: it keeps copies of weights
-                    terms |= loss(x, y, epoch, state)
-                common.update(optimizer, terms["loss"], len(x))
-            state["multiplier"] = terms.pop("next_multiplier", state["multiplier"])
-            meter.add(len(x), terms)
-
-        row = {"epoch": epoch + 1, "lr": lr}
-        row |= {f"train/{name}": value for name, value in meter.read().items()}
-        row["seconds"] = time.perf_counter() - started
-        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
+        row = train_epoch(run, args, updates, model, optimizer, train, epoch, offset, state)
         if args.val:
             common.seed_stream(args.seed, "validation", offset + epoch)
             with common.autocast(device, run.precision):
                 row |= validate(model, val, radius)
         if args.val and second:
             row["val/lost"] = state["before"] - row["val/clean"]
-        kept = dict(state, multiplier=state["multiplier"].cpu())
+        kept = dict(kept, multiplier=state["multiplier"].cpu())
         run.finish_epoch(model, optimizer, row, method_state=kept)
     run.close()
 
@@ -324,7 +379,7 @@ def validate(model, val, radius):
 
 def main():
     # One line per method. A flag that only other methods' lines read is refused. The lines run
-    # later: args, model and the like are set below.
+    # later: args, model and the like are set below. state: of `train_phase`.
     # Each has the losses of its updates of a batch, in order; clean epochs make the first alone.
     losses = {
         "finetune": [
@@ -332,17 +387,21 @@ def main():
             lambda x, y, epoch, state: adversarial_loss(
                 model, x, y,
                 scale * eps_at(epoch, args.epochs - args.clean_epochs, args.eps, args.eps_end),
-                args.adversary, args.attack_steps, args.p, args.attack_mode)],
+                args.adversary, args.attack_steps, args.p, scale * args.linf or None,
+                state["networks"][args.attacked], args.attack_mode)],
         "dual": [lambda x, y, epoch, state: dual_loss(
             model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end),
             args.adversary, args.attack_steps, args.p, state["multiplier"], state["std"],
-            args.dual_lr, args.attack_mode)],
+            args.dual_lr, scale * args.linf or None, state["networks"][args.attacked],
+            args.attack_mode)],
         "madry": [lambda x, y, epoch, state: adversarial_loss(
             model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end),
-            args.adversary, args.attack_steps, args.p, args.attack_mode)],
+            args.adversary, args.attack_steps, args.p, scale * args.linf or None,
+            mode=args.attack_mode)],
         "trades": [lambda x, y, epoch, state: trades_loss(
             model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end), args.lam,
-            args.adversary, args.attack_steps, args.p, args.attack_mode)],
+            args.adversary, args.attack_steps, args.p, scale * args.linf or None,
+            args.attack_mode)],
         "vanilla": [lambda x, y, epoch, state: clean_loss(model, x, y)],
     }
     args, facts, defaults = parse(losses)

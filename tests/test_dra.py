@@ -1,6 +1,7 @@
 """dra_finetune.py: the attack against a plain loop, the updates one after the other, the dual,
 both phases."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -38,13 +39,16 @@ each_dra = pytest.mark.parametrize("dra", [dra_finetune.dra_attack, measured],
                                ids=["training", "evaluation"])
 
 
-def plain_dra(model, image, label, eps, steps, p):
-    """Algorithm 1 on one image, written out."""
+def plain_dra(model, image, label, eps, steps, p, linf=None):
+    """Algorithm 1 on one image, written out. linf: the largest change of a value at any step."""
     point = image.clone()
     for _ in range(steps):
         point.requires_grad_(True)
         grad, = torch.autograd.grad(F.cross_entropy(model(point), label), point)
         point = point.detach() + eps / steps * grad / (grad.abs().sum() / grad.numel())
+        if linf is not None:
+            change = (point - image).clamp(-linf, linf)
+            point = (image + change).clamp(0, 1)
     order = grad.abs().flatten().argsort(descending=True)
     result = image.clone().flatten()
     for rank in range(round(p * image.numel())):
@@ -87,6 +91,49 @@ def test_dra_on_a_linear_model(dra):
     x_adv = dra(net.train(), torch.rand(4, 1, 6, 6), torch.zeros(4, dtype=torch.int64), 0.5, 3, 1.0)
     assert x_adv.min() == 0 and x_adv.max() == 1 and all(m.training for m in net.modules())
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_bound_on_a_linear_model():
+    """There the gradient g is the same at every point: a value's change is eps g / mean |g|, cut
+    at +-linf and at [0, 1], and 0 outside the share p. Each image may have a bound of its own; one
+    that is not reached changes nothing; without one a value moves by more."""
+    model = Linear(classes=2)
+    x = 0.3 + 0.4 * torch.rand(8, 1, 4, 4)
+    x[0] = 0.99
+    x[1] = 0.005
+    y = torch.randint(0, 2, (8,))
+    weight = model.layer.weight.detach()
+    g = (weight[1 - y] - weight[y]).view_as(x)
+    change = 0.02 * g / g.abs().mean((1, 2, 3), keepdim=True)
+    rank = g.abs().flatten(1).argsort(1, descending=True).argsort(1).view_as(x)
+    for linf in (0.03, torch.linspace(0.004, 0.1, 8)):
+        bound = torch.as_tensor(linf).expand(8).view(8, 1, 1, 1)
+        moved = torch.minimum(torch.maximum(change, -bound), bound)
+        wanted = torch.where(rank < 8, x + moved, x).clamp(0, 1)
+        ours = dra_finetune.dra_attack(model, x, y, 0.02, 7, 0.5, linf)
+        torch.testing.assert_close(ours, wanted)
+        assert ((ours - x).abs() <= bound + 1e-6).all()
+    free = dra_finetune.dra_attack(model, x, y, 0.02, 7, 0.5)
+    assert (free - x).abs().max() > 0.04
+
+
+def test_the_bound_holds_at_every_step():
+    """Against algorithm 1 written out, with each iterate cut: on a curved network that is not the
+    same as to cut the last one."""
+    model, x, y = network()
+    x[:, :, 0] = 0.98
+    ours = dra_finetune.dra_attack(model, x, y, 0.3, 5, 2 / 3, 0.1)
+    late = []
+    for i in range(len(x)):
+        image = x[i:i + 1]
+        torch.testing.assert_close(ours[i:i + 1],
+                                   plain_dra(model, image, y[i:i + 1], 0.3, 5, 2 / 3, 0.1))
+        free = plain_dra(model, image, y[i:i + 1], 0.3, 5, 2 / 3)
+        late.append(torch.clamp(free, image - 0.1, image + 0.1))
+    assert (ours - torch.cat(late)).abs().max() > 0.01
+    assert (ours - x).abs().max() == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="images in"):
+        dra_finetune.dra_attack(model, x + 0.5, y, 0.3, 5, 2 / 3)
 
 
 @pytest.mark.parametrize("p", [0.25, 1 / 3, 1.0])
@@ -178,12 +225,14 @@ def test_the_adversary_attacks_the_updated_network(precision, monkeypatch):
     fresh = F.cross_entropy(twin(dra_finetune.dra_attack(twin, x, y, 0.05, 3, 2 / 3)), y).item()
     assert abs(stale - fresh) > 0.05
     assert row["train/ce_adv"] == pytest.approx(fresh, **tolerance)
-    assert row["train/loss"] == row["train/ce_adv"]
+    assert row["train/loss"] == row["train/ce_adv"] and row["eps"] == 0.05
 
 
-def by_hand(x, y, epochs, clean_epochs, order=("clean", "adversarial"), stale=False):
+def by_hand(x, y, epochs, clean_epochs, order=("clean", "adversarial"), attacked="present",
+            linf=None):
     """The weights after each epoch of one batch, with momentum 0.9, weight decay 2e-4 and a cosine
-    from 0.5, eps from 0.05 to 0.02. stale: attack the network as it was before the batch."""
+    from 0.5, eps from 0.05 to 0.02. attacked: the present network, the "stale" one, as it was
+    before the batch, or the "first" one, as it was before the phase."""
     model, _, _ = network()
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     after = []
@@ -192,12 +241,13 @@ def by_hand(x, y, epochs, clean_epochs, order=("clean", "adversarial"), stale=Fa
         adversarial = epoch < epochs - clean_epochs
         eps = 0.05 - 0.03 * epoch / (epochs - clean_epochs - 1)
         old, _, _ = network()
-        old.load_state_dict(model.state_dict())
+        if attacked != "first":
+            old.load_state_dict(model.state_dict())
         for kind in order if adversarial else ("clean",):
             images = x
             if kind == "adversarial":
-                attacked = old if stale else model
-                images = torch.cat([plain_dra(attacked, x[i:i + 1], y[i:i + 1], eps, 3, 2 / 3)
+                target = model if attacked == "present" else old
+                images = torch.cat([plain_dra(target, x[i:i + 1], y[i:i + 1], eps, 3, 2 / 3, linf)
                                     for i in range(len(x))])
             grads = torch.autograd.grad(F.cross_entropy(model(images), y), model.parameters())
             with torch.no_grad():
@@ -221,13 +271,87 @@ def test_a_batch_makes_its_two_updates_in_order(monkeypatch):
     with_attack = ["train/ce_adv" in row for row in run.history]
     assert with_attack == [True, True, False]
     assert run.history[2]["train/loss"] == run.history[2]["train/ce_clean"]
-    others = [by_hand(x, y, 3, 1, order=("adversarial", "clean")), by_hand(x, y, 3, 1, stale=True),
+    others = [by_hand(x, y, 3, 1, order=("adversarial", "clean")),
+              by_hand(x, y, 3, 1, attacked="stale"),
               by_hand(x, y, 3, 1, order=("adversarial",)), by_hand(x, y, 3, 1, order=("clean",))]
     for other in others:
         for ours, wrong in zip(run.weights, other):
             assert max((a - b).abs().max() for a, b in zip(ours, wrong)) > 1e-3
     more = by_hand(x, y, 3, 0)  # the last epoch's two updates instead of one
     assert max((a - b).abs().max() for a, b in zip(run.weights[2], more[2])) > 1e-3
+
+
+@pytest.mark.parametrize("words, linf, attacked", [
+    (["--attacked", "first-phase"], None, "first"), (["--linf", 0.04], 0.04, "present"),
+    (["--linf", 0.04, "--attacked", "first-phase"], 0.04, "first")], ids=["first", "linf", "both"])
+def test_other_readings(words, linf, attacked, monkeypatch):
+    """The adversary of the network that the phase began with, and DRA with a bound, against steps
+    written out; each leads elsewhere than the default reading does."""
+    model, x, y = network()
+    words = [*MNIST, *SECOND, "--eps-end", "0.02", "--epochs", 3, "--clean-epochs", 1,
+             "--lr", "0.5", *words]
+    run, = phases(monkeypatch, model, x, y, *words)
+    for ours, expected in zip(run.weights, by_hand(x, y, 3, 1, attacked=attacked, linf=linf)):
+        for value, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+    usual = by_hand(x, y, 3, 1)[1]
+    assert max((a - b).abs().max() for a, b in zip(run.weights[1], usual)) > 1e-4
+
+
+def seen_attacks(monkeypatch, model, x, y, *words):
+    """What main() asks `attack` for at each step: name of an argument -> value."""
+    seen = []
+    real = dra_finetune.attack
+
+    def watched(*values, **named):
+        seen.append(inspect.signature(real).bind(*values, **named).arguments)
+        return real(*values, **named)
+    with monkeypatch.context() as patch:
+        patch.setattr(dra_finetune, "attack", watched)
+        phases(patch, model, x, y, *words)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["finetune", "dual", "madry", "trades"])
+def test_the_bound_reaches_every_method(method, monkeypatch):
+    """--linf as given; in units of normalised images times the data set's deviation; None without
+    the flag. The adversary of the present network is the default."""
+    model, x, y = network()
+    words = [*MNIST, *SECOND, "--epochs", 1, "--method", method, "--adversary", "dra"]
+    scale = common.pixel_scale(common.dataset_facts("mnist"))
+    for more, wanted in (([], None), (["--linf", "0.1"], 0.1),
+                         (["--linf", "0.1", "--normalized-eps"], 0.1 * scale)):
+        asked, = seen_attacks(monkeypatch, model, x, y, *words, *more)
+        assert asked["linf"] == (wanted and pytest.approx(wanted))
+        assert asked["model"] is model
+
+
+@pytest.mark.parametrize("method, adversary", [("finetune", "pgd"), ("dual", "dra")])
+def test_the_frozen_network(method, adversary, monkeypatch):
+    """--attacked first-phase: in every epoch it is the one that the first phase left, also after an
+    interruption, when it comes from what the run kept; it is never trained."""
+    model, x, y = network()
+    words = [*MNIST, "--method", method, "--adversary", adversary, "--attacked", "first-phase",
+             "--epochs", 2, "--lr", "0.5"]
+    frozen = []
+    real = dra_finetune.attack
+
+    def watched(attacked, *values, **named):
+        frozen.append((attacked, copy_of(attacked)))
+        assert not attacked.training and not any(p.requires_grad for p in attacked.parameters())
+        return real(attacked, *values, **named)
+    with monkeypatch.context() as patch:
+        patch.setattr(dra_finetune, "attack", watched)
+        first, second = phases(patch, model, x, y, *words, "--pretrain-epochs", 2,
+                               "--pretrain-lr", 1)
+        left = first.weights[-1]
+        again, _, _ = network(seed=5)
+        phases(patch, again, x, y, *words, *SECOND, state=second.state)
+    assert len(frozen) == 4
+    for attacked, weights in frozen:
+        assert attacked not in (model, again)
+        assert all(torch.equal(a, b) for a, b in zip(weights, left, strict=True))
+    assert not torch.equal(second.weights[0][0], left[0])  # the trained one has moved
 
 
 @pytest.mark.parametrize("adversary", ["dra", "pgd"])
@@ -252,7 +376,7 @@ def test_methods_from_scratch(adversary, monkeypatch):
     row = run.history[0]
     batch, labels, _ = next(common.train_batches(split, 10, 0, 0))
     x_adv = dra_finetune.attack(start, batch, start(batch).detach(), 0.05, adversary, 3, 2 / 3,
-                                common.kl, common.gaussian_start)
+                                loss=common.kl, start=common.gaussian_start)
     moved = (x_adv - batch).abs().flatten(1)
     if adversary == "pgd":
         assert moved.max() <= 0.05 + 1e-6
@@ -342,7 +466,13 @@ def radii(monkeypatch, *words):
         run, = phases(patch, model, images, torch.tensor([0, 1, 0, 1]), *words, *SECOND)
     adversarial = [bool({"train/ce_adv", "train/kl"} & row.keys()) for row in run.history]
     assert len(seen) == adversarial.count(True)
-    return [seen.pop(0) if attacked else 0.0 for attacked in adversarial]
+    used = [seen.pop(0) if attacked else 0.0 for attacked in adversarial]
+    facts = common.dataset_facts("cifar10")
+    scale = common.pixel_scale(facts) if "--normalized-eps" in words else 1
+    if "vanilla" not in words:  # the log says eps in the unit of the flag
+        assert [scale * row["eps"] for row in run.history] == pytest.approx(used)
+        assert list(run.history[0])[:3] == ["epoch", "lr", "eps"]
+    return used
 
 
 def test_eps_in_every_epoch(monkeypatch):
@@ -370,6 +500,8 @@ def test_eps_in_every_epoch(monkeypatch):
     dual = [255 * value for value in radii(monkeypatch, "--method", "dual")]
     assert (dual[0], dual[59]) == (pytest.approx(2), pytest.approx(0.5))
     assert set(radii(monkeypatch, "--method", "vanilla")) == {0.0}
+    first, _ = phases(monkeypatch, *network(), *ONE_STEP, "--pretrain-epochs", 1)
+    assert "eps" not in first.history[0]  # nothing is attacked
 
 
 def test_settings():
@@ -389,6 +521,13 @@ def test_settings():
     assert (madry.epochs, madry.lr, madry.clean_epochs, madry.adversary) == (100, 0.1, 0, "pgd")
     trades = flags_of(dra_finetune, "--dataset", "mnist", "--method", "trades", "--eps", "0.2")
     assert trades.pgd_eps == 0.2
+    mnist = ["--dataset", "mnist", "--eps", "0.3"]
+    assert flags_of(dra_finetune, *mnist).pgd_eps == pytest.approx(0.9)
+    assert flags_of(dra_finetune, *mnist, "--pgd-eps", "0.2", "--linf", "0.25").pgd_eps == 0.2
+    bounded = flags_of(dra_finetune, *mnist, "--linf", "0.25", "--normalized-eps")
+    assert (bounded.linf, bounded.pgd_eps, args.linf, args.attacked) == (0.25, 0.25, 0, "present")
+    stored = dict(stored, dataset="mnist", input_shape=(1, 28, 28), args=vars(bounded))
+    assert evaluate.trained_eps(stored, True)[0] == 0.25
     dual = flags_of(dra_finetune, "--method", "dual")
     assert (dual.clean_epochs, dual.epochs, dual.lr, dual.adversary) == (0, 60, 0.01, "dra")
     assert flags_of(dra_finetune, "--strategy", "dual") == dual
@@ -402,7 +541,12 @@ def test_settings():
                   ["--init", "v.pt", "--pretrain-lr", "0.1"],
                   ["--eps", "1/255", "--eps-end", "2/255"],
                   ["--method", "dual", "--clean-epochs", "1"],
-                  ["--method", "madry", "--clean-epochs", "1"]):
+                  ["--method", "madry", "--clean-epochs", "1"],
+                  ["--method", "madry", "--attacked", "present"],
+                  ["--method", "trades", "--attacked", "first-phase"],
+                  ["--method", "vanilla", "--linf", "0.1"], ["--linf", "2"],
+                  ["--adversary", "pgd", "--linf", "0.1"], ["--method", "trades", "--linf", "0.1"],
+                  ["--attacked", "first-phase", "--attack-mode", "train"]):
         with pytest.raises(common.UsageError):
             flags_of(dra_finetune, *words)
 
@@ -437,7 +581,8 @@ def test_learning_rates(schedule, monkeypatch):
 
 
 def test_crops_without_flips(monkeypatch):
-    """MNIST's augmentation moves the digits and never mirrors them, in both phases."""
+    """MNIST's augmentation moves the digits and never mirrors them, in both phases and where the
+    dual measures the first one's loss; --augment none leaves the images as they are."""
     torch.manual_seed(0)
     x = torch.zeros(400, 1, 8, 8)
     x[:, :, 4, 4:6] = torch.tensor([0.2, 0.9])  # dark before bright
@@ -456,12 +601,20 @@ def test_crops_without_flips(monkeypatch):
         return x
     with monkeypatch.context() as patch:
         patch.setattr(common, "crop_and_flip", watched)
-        phases(patch, model, x, y, "--dataset", "mnist", "--epochs", 2, "--pretrain-epochs", 1)
-    assert used == ["crop"] * 3
+        words = ["--dataset", "mnist", "--epochs", 2, "--pretrain-epochs", 1]
+        for method, times in (("finetune", 3), ("dual", 4)):
+            phases(patch, model, x, y, *words, "--method", method)
+            assert used == ["crop"] * times
+            phases(patch, model, x, y, *words, "--method", method, "--augment", "none")
+            assert len(used) == times
+            used.clear()
     assert flags_of(dra_finetune).augment == "crop-flip"
 
 
-@pytest.mark.parametrize("flags", [[], ["--method", "dual"], ["--adversary", "pgd"],
+FROZEN = ["--adversary", "pgd", "--attacked", "first-phase"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "dual"], FROZEN,
                                    ["--strategy", "trades"], ["--method", "madry"],
                                    ["--method", "vanilla"]], ids=" ".join)
 def test_launch_resume_evaluate(tmp_path, flags, capsys):
@@ -469,7 +622,7 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
     is a run of its own, from which --init starts the second."""
     script = [dra_finetune.main, "dra_finetune.py"]
     vanilla = "vanilla" in flags
-    two = flags in ([], ["--method", "dual"], ["--adversary", "pgd"])
+    two = flags in ([], ["--method", "dual"], FROZEN)
     words = [*(SHORT[:-2] if vanilla else SHORT), *flags, "--epochs", "3"]
     if two and "dual" not in flags:
         words += ["--clean-epochs", "0"]
@@ -481,6 +634,10 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
     assert_same_weights(whole, cut)
     assert whole["method_state"]["multiplier"] == cut["method_state"]["multiplier"]
     assert (tmp_path / "whole.vanilla.pt").exists() == two
+    if flags == FROZEN:
+        first = torch.load(tmp_path / "whole.vanilla.pt", weights_only=True)["last"]["state_dict"]
+        kept = cut["method_state"]["first_phase"]
+        assert all(torch.equal(value, kept[name]) for name, value in first.items())
     if two:
         capsys.readouterr()
         second = [*words, "--ckpt", tmp_path / "third.pt", "--init", tmp_path / "whole.vanilla.pt"]
