@@ -17,8 +17,8 @@ import dra_finetune
 import evaluate
 from conftest import Linear, SmallNet, flags_of, plain, run_interrupted, run_main
 
-SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--val", "100",
-         "--attack-steps", "3"]
+SHORT = ["--dataset", "digits", "--model", "cnn-small", "--limit", "100", "--batch-size", "25",
+         "--val", "100", "--attack-steps", "3"]
 
 
 def network(seed=0, classes=4):
