@@ -634,11 +634,15 @@ def test_launch_resume_evaluate(tmp_path, flags, capsys):
     assert_same_weights(whole, cut)
     assert whole["method_state"]["multiplier"] == cut["method_state"]["multiplier"]
     assert (tmp_path / "whole.vanilla.pt").exists() == two
-    if flags == FROZEN:
-        first = torch.load(tmp_path / "whole.vanilla.pt", weights_only=True)["last"]["state_dict"]
-        kept = cut["method_state"]["first_phase"]
-        assert all(torch.equal(value, kept[name]) for name, value in first.items())
+    assert [row.get("val/lost") for row in whole["history"]] == [
+        whole["method_state"]["before"] - row["val/clean"] if two else None
+        for row in cut["history"]]
     if two:
+        first = torch.load(tmp_path / "whole.vanilla.pt", weights_only=True)
+        assert "val/lost" not in first["history"][0]
+        assert ("first_phase" in cut["method_state"]) == (flags == FROZEN)
+        for name, value in cut["method_state"].get("first_phase", {}).items():
+            assert torch.equal(value, first["last"]["state_dict"][name])
         capsys.readouterr()
         second = [*words, "--ckpt", tmp_path / "third.pt", "--init", tmp_path / "whole.vanilla.pt"]
         run_main(*script, *second)
