@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The claims of the five papers, each beside the control that would expose it: training commands.
+#   results/claims.sh DATA OUT [PART]...     # parts: atlas iaat dra saliency sat, or single names
+# The same updates, steps and epochs; the method's new part switched off. Cheap parts come first.
+# See queue.sh for what happens to a run. MORE="--limit 200" tries the commands out.
+set -euo pipefail
+data=$(realpath "$1") out=$(realpath -m "$2")
+shift 2
+wanted=" $* "
+cd "$(dirname "$0")/.."
+commit=COMMIT
+source results/queue.sh
+
+row() {  # NAME SCRIPT FLAGS...: trained where its name, or the part that it begins with, is wanted
+  local name=$1 script=$2
+  shift 2
+  if [ "$wanted" = "  " ] || [[ $wanted == *" $name "* || $wanted == *" ${name%%-*} "* ]]; then
+    train "$name" "$script" "$@" ${MORE:-}
+  fi
+}
+
+# Table 1 of ATLAS, and its Jacobian term (alpha) switched off: ATLAS-g. Five seeds.
+for s in 0 1 2 3 4; do
+  atlas="atlas.py --dataset mnist --model cnn-small --lr 0.05 --guide fixed --val-steps 40
+    --val-step-size 0.03 --precision float32 --seed $s"
+  row atlas-adv-s$s $atlas --method adv
+  row atlas-g-s$s $atlas --method atlas --alpha 0
+  row atlas-atlas-s$s $atlas --method atlas
+done
+
+# IAAT on MNIST: PGD-AT with its steps, and IAAT whose eps never moves (--warmup 30 of 30 epochs).
+iaat="iaat.py --dataset mnist --limit 10000 --attack-steps 10 --epochs 30 --val 0"
+small="$iaat --model cnn-small --precision float32"
+for s in 0 1 2; do
+  row iaat-pgd-at-s$s $small --seed $s --method pgd-at --step-size 0.06
+  row iaat-fixed-s$s $small --seed $s --method iaat --warmup 30
+  row iaat-iaat-s$s $small --seed $s --method iaat
+done
+# Fig. 3 on CIFAR-10: IAAT beside the trade-off of PGD-AT's eps.
+curve="iaat.py --dataset cifar10 --model wrn-10-1 --limit 10000 --epochs 15 --schedule onecycle
+  --lr 0.2 --normalize none --precision bfloat16 --seed 0 --attack-steps 7 --val 0"
+for eps in 3 4 6 8; do
+  row iaat-cifar-pgd-at-$eps $curve --method pgd-at --eps $eps/255 --step-size 2/255
+done
+row iaat-cifar-fixed $curve --method iaat --warmup 15
+row iaat-cifar-iaat $curve --method iaat --warmup 2 --beta 0.5
+
+# DRA on MNIST without crop. One first phase for all; the printed adversary, the bounded one, that
+# of the frozen first phase, TRADES, and fine-tuning with PGD.
+dra="dra_finetune.py --dataset mnist --augment none --val 1000 --seed 0"
+long="$dra --model cnn-small --precision float32 --epochs 50"
+row dra-small-vanilla $dra --model cnn-small --precision float32 --method vanilla
+row dra-small-printed $long --init runs/dra-small-vanilla.pt
+row dra-small-linf $long --init runs/dra-small-vanilla.pt --linf 0.3
+row dra-small-frozen $long --init runs/dra-small-vanilla.pt --attacked first-phase
+lenet="$dra --precision bfloat16 --epochs 10 --attack-steps 10"
+row dra-vanilla $dra --precision bfloat16 --method vanilla
+row dra-printed $lenet --init runs/dra-vanilla.pt
+row dra-linf $lenet --init runs/dra-vanilla.pt --linf 0.3
+row dra-frozen $lenet --init runs/dra-vanilla.pt --attacked first-phase
+row dra-pgd $lenet --init runs/dra-vanilla.pt --adversary pgd
+row dra-trades $lenet --method trades --adversary pgd
+
+# Saliency on three classes of CIFAR-10: maps of train and eval mode, logit and prob, phase 1 alone
+# and both phases at equal epochs. The first run of a seed trains the teacher of all.
+for s in 0 1 2; do
+  sal="teacher_saliency.py --dataset cifar10 --classes 0,1,6 --model wrn-10-1 --limit 6000
+    --val 500 --precision float32 --seed $s --teacher-epochs 20 --attack-steps 7"
+  row saliency-teacher-s$s $sal --method align --align-epochs 1
+  given="--teacher runs/saliency-teacher-s$s.teacher.pt"
+  sal=${sal/--teacher-epochs 20 --attack-steps 7/}
+  for score in logit prob; do
+    for mode in train eval; do
+      maps="--score $score --map-mode $mode"
+      row saliency-align-$score-$mode-s$s $sal $given $maps --method align --align-epochs 13
+      row saliency-both-$score-$mode-s$s $sal $given $maps --align-epochs 8 --k-epochs 1
+    done
+  done
+  row saliency-both-logit-prob-s$s $sal $given --score logit --score2 prob --align-epochs 8 \
+    --k-epochs 1
+  row saliency-nt-s$s $sal --method nt --align-epochs 13
+done
