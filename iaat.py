@@ -45,31 +45,30 @@ PAPER = {"cifar10": CIFAR, "cifar100": CIFAR, "mnist": MNIST, "digits": DIGITS,
 PAPER_WRN = dict(PAPER, cifar10=CIFAR_WRN, cifar100=CIFAR_WRN)  # table 10: --model wrn-32-10
 
 # Differences from the paper
-# - The memory starts at eps_w and stays so during the warm-up, or without one at 0. In the
-#   authors' code it starts at 0, and the warm-up writes it: eps_w, or 0 for misclassified images,
-#   which later train at their shrunken eps. Ours train on the clean image (algorithm 1, line 11).
-# - The lower bound, --eps-min, holds for the eps that is used, not for the memory.
-# - An eps below 0 is set to 0 after the average of line 11; the authors do so before it.
+# - The memory starts at eps_w, also without a warm-up: the text says that eps then shrinks, but not
+#   from where. The authors' code starts at 0: --eps-start 0.
+# - The authors' code has another rule for the images whose f(x_i) is wrong: --eps-rule authors. In
+#   the warm-up their eps is 0. After it, line 11 averages 0 in: their memory shrinks by 1 - beta.
+#   They train on PGD at this eps. In the paper algorithm 2 updates their eps as any other, and they
+#   train clean (algorithm 1, line 11).
+# - An eps below 0 is set to 0 after line 11's average; --eps-rule authors does so before it.
+# - The lower bound, --eps-min, holds for the eps that is used: algorithm 2 has then written the
+#   memory. The authors' code has no bound; its memory is the eps that is used. So the bound is on
+#   both with --eps-rule authors, also in the warm-up.
 # - Whether f(x_i) is right (line 9) and survives PGD (algorithm 2) is asked with BatchNorm in the
 #   attack's mode, eval by default. The authors' code attacks in train mode: --attack-mode train.
-# - In eval mode no image is attacked in vain: not with the second eps where the first holds, and
-#   not for the update where it is misclassified. In train mode all images are attacked, or
-#   BatchNorm would see only some.
-# - Every PGD with an eps of its own steps by max(step size, eps_i / (0.5 steps)), as in the
-#   authors' code.
-# - Line search: the grid is gamma, 2 gamma ... 4 eps, which is not printed. Its first radius that
-#   fails ends it; the paper has the largest one for which the prediction stays.
-# - Mixup: lambda from Beta(1, 1), on the adversarial images alone. The cited work mixes the losses
-#   of clean and adversarial images.
-# - The adversarial and the clean images of line 11 pass the network as one batch.
-# - The authors' batch has 256 images.
+# - In eval mode no image is attacked in vain, as by the second eps where the first holds. In train
+#   mode all images are attacked, or BatchNorm would see only some.
+# - PGD with eps_i steps by max(step size, eps_i / (0.5 steps)), as in the authors' code.
+# - Line search: the grid gamma, 2 gamma ... 4 eps is not printed; `first-failure` is ours, cheaper.
+# - Mixup: lambda from Beta(1, 1), on adversarial images alone; the cited work adds clean ones.
+# - The adversarial and the clean images of line 11 pass the network as one batch. The authors'
+#   batch has 256 images. Their padding of CIFAR images by reflection is taken over.
 # - bfloat16 where the hardware has it, also for the choice of eps and for validation. The paper
 #   makes ImageNet's training attacks in FP-16, nothing else.
-# - With --epochs, lr falls after the same shares of the epochs.
-# - With --eps, gamma, the step size and --eps-min change in proportion; the paper prints one eps_w
-#   on CIFAR.
+# - With --epochs, lr falls after the same shares of the epochs. With --eps, gamma, step size and
+#   --eps-min change in proportion; the paper prints one eps_w on CIFAR.
 # - Without --val the last epoch is kept; validation attacks by the table's PGD.
-# - CIFAR images are padded by reflection, as in the authors' code.
 # - ImageNet: the length of lr's warm-up is not printed; 5 epochs, rising step by step from 0.1, as
 #   in the recipe it cites. Nothing else of that recipe is taken over, nor of the code of Xie et
 #   al., whose setting the paper follows: label smoothing, and a PGD that starts at the clean image
@@ -94,115 +93,114 @@ def fixed_pgd(model, x, y, eps, step_size, steps, target_classes=0, mode="eval")
                       targeted=target_classes > 0, mode=mode)
 
 
-def adaptive_pgd(model, x, target, eps, noise, step_size, steps, target_classes=0, mode="eval"):
-    """PGD in balls of radius eps (N,) from x + eps noise.
-
-    The step reaches any ball's border in half of the steps, and is at least step_size.
-    """
-    def start(x, eps):
-        return (x + eps * noise).clamp(0, 1)
-    step = (eps / (0.5 * steps)).clamp(min=step_size)
-    return common.pgd(model, x, target, eps, step, steps, start=start,
-                      targeted=target_classes > 0, mode=mode)
-
-
 def is_right(model, x, y, mode="eval"):
     """Where f(x) is y, bool (N,)."""
     with common.model_mode(model, mode):  # not under no_grad: autocast would keep such weights
         return model(x).detach().argmax(1) == y
 
 
-def survives_pgd(model, x, y, eps, asked, step_size, steps, target_classes=0, mode="eval"):
-    """Where f(PGD(x, y, eps)) still is y, bool (N,); False where not `asked`, bool (N,).
+def adaptive_pgd(model, x, y, eps, asked, step_size, steps, target_classes=0, mode="eval"):
+    """(which images are attacked, bool (N,); PGD(x_i, y_i, eps_i) of these, x_i of the others).
 
-    In eval mode only the images that are asked for are attacked.
+    In eval mode those that are `asked` for, bool (N,). In train mode all, for BatchNorm. The start
+    is random. The step reaches any ball's border in half of the steps; it is at least step_size.
     """
     noise = torch.empty_like(x).uniform_(-1, 1)  # for all: no image's depends on who is attacked
     target = attack_labels(y, target_classes)
-    rows = torch.arange(len(x), device=x.device)
-    if mode == "eval":
-        rows = rows[asked]
+    step = (eps / (0.5 * steps)).clamp(min=step_size)
+    attacked = asked if mode == "eval" else torch.ones_like(asked)
+
+    def start(x, eps):
+        return (x + eps * noise[attacked]).clamp(0, 1)
+    x_adv = x.clone()
+    x_adv[attacked] = common.pgd(
+        model, x[attacked], target[attacked], eps[attacked], step[attacked], steps, start=start,
+        targeted=target_classes > 0, mode=mode)
+    return attacked, x_adv
+
+
+def survives_pgd(model, x, y, eps, asked, step_size, steps, target_classes=0, mode="eval"):
+    """(where `asked` and f(PGD(x, y, eps)) still is y, bool (N,); the share that is attacked)."""
+    attacked, x_adv = adaptive_pgd(model, x, y, eps, asked, step_size, steps, target_classes, mode)
     survives = torch.zeros_like(asked)
-    if len(rows):
-        x_adv = adaptive_pgd(model, x[rows], target[rows], eps[rows], noise[rows], step_size,
-                             steps, target_classes, mode)
-        survives[rows] = is_right(model, x_adv, y[rows], mode)
-    return survives & asked
+    if attacked.any():
+        survives[attacked] = is_right(model, x_adv[attacked], y[attacked], mode)
+    return survives & asked, attacked.float().mean()
 
 
-def select_eps(model, x, y, memory, gamma, beta, step_size, steps, target_classes=0, mode="eval"):
+def select_eps(model, x, y, memory, gamma, beta, step_size, steps, target_classes=0, mode="eval",
+               right=None):
     """Algorithm 2: (new eps (N,), mean number of attacks per image).
 
-    memory: (N,), eps^mem[j - 1, i], every image's eps of the epoch before.
+    memory: (N,), eps^mem[j - 1, i], every image's eps of the epoch before. right: None, or for the
+    authors' rule where f(x) is y, bool (N,): elsewhere line 11 averages 0 in.
     """
-    everyone = torch.ones_like(y, dtype=torch.bool)
+    attack = (step_size, steps, target_classes, mode)
+    asked = torch.ones_like(y, dtype=torch.bool) if right is None else right
     eps_1 = memory + gamma  # lines 1 to 3
     eps_2 = memory
     eps_3 = memory - gamma
-    holds_1 = survives_pgd(model, x, y, eps_1, everyone, step_size, steps, target_classes, mode)
-    holds_2 = survives_pgd(model, x, y, eps_2, ~holds_1, step_size, steps, target_classes, mode)
+    holds_1, share_1 = survives_pgd(model, x, y, eps_1, asked, *attack)
+    holds_2, share_2 = survives_pgd(model, x, y, eps_2, asked & ~holds_1, *attack)
     eps = torch.where(holds_2, eps_2, eps_3)  # lines 4 to 10
     eps = torch.where(holds_1, eps_1, eps)
+    if right is not None:
+        eps = torch.where(right, eps, 0.0).clamp(min=0)
     eps = ((1 - beta) * memory + beta * eps).clamp(min=0)  # line 11
-    attacked_twice = (~holds_1).float().mean() if mode == "eval" else 1
-    return eps, 1 + attacked_twice
+    return eps, share_1 + share_2
 
 
-def line_search(model, x, y, eps_w, gamma, step_size, steps, target_classes=0, mode="eval"):
-    """The largest radius of the grid gamma, 2 gamma ... 4 eps_w up to which f(x) stays y.
+def line_search(model, x, y, eps_w, gamma, rule, step_size, steps, target_classes=0, mode="eval"):
+    """The largest radius of the grid gamma, 2 gamma ... 4 eps_w at which f(PGD(x)) is y, or 0.
 
-    (Section 5.2.) Returns (eps (N,), mean number of attacks per image).
+    (Section 5.2.) rule: "largest", or "first-failure": an image's search ends at the first radius
+    that fails. Returns (eps (N,), mean number of attacks per image).
     """
+    attack = (step_size, steps, target_classes, mode)
     eps = torch.zeros_like(y, dtype=x.dtype)
-    holds = torch.ones_like(y, dtype=torch.bool)
+    asked = torch.ones_like(y, dtype=torch.bool)
     mean_attacks = 0
     for i in range(1, int(4 * eps_w / gamma + 1e-6) + 1):
-        mean_attacks = mean_attacks + (holds.float().mean() if mode == "eval" else 1)
-        radius = torch.full_like(eps, i * gamma)
-        holds = survives_pgd(model, x, y, radius, holds, step_size, steps, target_classes, mode)
-        eps = torch.where(holds, radius, eps)
-        if not holds.any():
+        tried = torch.full_like(eps, i * gamma)
+        holds, share = survives_pgd(model, x, y, tried, asked, *attack)
+        mean_attacks = mean_attacks + share
+        eps = torch.where(holds, tried, eps)
+        asked = holds if rule == "first-failure" else asked
+        if not asked.any():
             break
     return eps, mean_attacks
 
 
 # ------------------------------------------------------------------------------------- the losses
-# Each returns named scalars; "loss" is the one to minimise. "eps" is no scalar: the images' eps,
-# (N,), for the memory. "passes": forward-backward passes of the batch, the update's included; a
-# forward pass alone is a third.
+# Each returns named scalars; "loss" is the one to minimise. "eps", (N,), is the new memory.
+# "passes": forward-backward passes, the update's included; a forward pass alone is a third.
 
 def adaptive_loss(model, x, y, eps, step_size, attack_steps, target_classes=0, mode="eval"):
     """Algorithm 1, lines 8 to 11: CE on PGD(x_i, eps_i) where f(x_i) is right, else on x_i."""
     # Lines 8 and 9:  x_i^adv = PGD(x_i, y_i, eps_i);  S+: f(x_i) is right;  S-: it is wrong
-    noise = torch.empty_like(x).uniform_(-1, 1)
-    target = attack_labels(y, target_classes)
+    right = torch.ones_like(y, dtype=torch.bool)
     if mode == "eval":
         right = is_right(model, x, y, mode)
-        x_adv = x.clone()
-        if right.any():
-            x_adv[right] = adaptive_pgd(
-                model, x[right], target[right], eps[right], noise[right], step_size, attack_steps,
-                target_classes, mode)
-        share_attacked = right.float().mean()
-    else:  # the attack moves BatchNorm's statistics: it comes first, as in algorithm 1
-        x_adv = adaptive_pgd(model, x, target, eps, noise, step_size, attack_steps,
-                             target_classes, mode)
+    attacked, x_adv = adaptive_pgd(model, x, y, eps, right, step_size, attack_steps,
+                                   target_classes, mode)
+    if mode == "train":  # the attack moves BatchNorm's statistics: it comes first, as printed
         right = is_right(model, x, y, mode)
-        share_attacked = 1
     # Lines 10 and 11:  1/N [ sum over S+ of CE(f(x_i^adv), y_i) + sum over S- of CE(f(x_i), y_i) ]
     x_train = torch.where(right[:, None, None, None], x_adv, x)
     loss = common.cross_entropy(model(x_train), y).mean()
-    passes = share_attacked * attack_steps + 1 / 3 + 1
-    return dict(loss=loss, right=right.float().mean(),
-                passes=torch.as_tensor(passes, device=x.device))
+    passes = attacked.float().mean() * attack_steps + 1 / 3 + 1
+    return dict(loss=loss, right=right.float().mean(), passes=passes)
 
 
-def iaat_loss(model, x, y, memory, warm, gamma, beta, eps_min, step_size, attack_steps,
-              select_steps, target_classes=0, mode="eval"):
+def iaat_loss(model, x, y, memory, warm, eps_w, gamma, beta, eps_min, rule, step_size,
+              attack_steps, select_steps, target_classes=0, mode="eval"):
     """IAAT, algorithm 1. memory: (N,), every image's eps of the epoch before.
 
-    warm: whether this epoch is in the warm-up; eps then stays as it is.
+    warm: whether this epoch is in the warm-up; eps stays as it is. rule: "paper" or "authors".
     """
+    if rule == "authors":
+        return authors_loss(model, x, y, memory, warm, eps_w, gamma, beta, eps_min, step_size,
+                            attack_steps, select_steps, target_classes, mode)
     eps = memory
     mean_attacks = 0
     if not warm:  # line 6
@@ -214,13 +212,31 @@ def iaat_loss(model, x, y, memory, warm, gamma, beta, eps_min, step_size, attack
     return dict(terms, eps=eps)
 
 
-def line_search_loss(model, x, y, memory, warm, eps_w, gamma, eps_min, step_size, attack_steps,
-                     select_steps, target_classes=0, mode="eval"):
-    """Algorithm 1 with eps by line search (table 7); memory and warm as in `iaat_loss`."""
+def authors_loss(model, x, y, memory, warm, eps_w, gamma, beta, eps_min, step_size, attack_steps,
+                 select_steps, target_classes=0, mode="eval"):
+    """IAAT by the authors' code: all train on PGD(x_i, eps_i). Arguments as in `iaat_loss`."""
+    right = is_right(model, x, y, mode)
+    mean_attacks = 0
+    if warm:
+        eps = torch.where(right, torch.full_like(memory, eps_w), 0.0)
+    else:
+        eps, mean_attacks = select_eps(model, x, y, memory, gamma, beta, step_size, select_steps,
+                                       target_classes, mode, right)
+    eps = eps.clamp(min=eps_min)
+    attacked, x_adv = adaptive_pgd(model, x, y, eps, eps > 0, step_size, attack_steps,
+                                   target_classes, mode)
+    loss = common.cross_entropy(model(x_adv), y).mean()
+    passes = mean_attacks * (select_steps + 1 / 3) + attacked.float().mean() * attack_steps + 4 / 3
+    return dict(loss=loss, right=right.float().mean(), passes=passes, eps=eps)
+
+
+def line_search_loss(model, x, y, memory, warm, eps_w, gamma, eps_min, rule, step_size,
+                     attack_steps, select_steps, target_classes=0, mode="eval"):
+    """Algorithm 1 with eps by `line_search` (table 7); memory and warm as in `iaat_loss`."""
     eps = memory
     mean_attacks = 0
     if not warm:
-        eps, mean_attacks = line_search(model, x, y, eps_w, gamma, step_size, select_steps,
+        eps, mean_attacks = line_search(model, x, y, eps_w, gamma, rule, step_size, select_steps,
                                         target_classes, mode)
     terms = adaptive_loss(model, x, y, eps.clamp(min=eps_min), step_size, attack_steps,
                           target_classes, mode)
@@ -259,54 +275,60 @@ def settings(flags, facts):
     if table["batch_size"] is None:
         table["batch_size"] = 32 * common.ranks()[1]
     if table["lr"] is None:
-        batch_size = flags.batch_size or table["batch_size"]
-        table["lr"] = 0.1 * batch_size / 256
+        table["lr"] = 0.1 * (flags.batch_size or table["batch_size"]) / 256
     if table["select_steps"] is None:
         table["select_steps"] = flags.attack_steps or table["attack_steps"]
+    table["eps_start"] = "0" if flags.eps_rule == "authors" else "eps-w"
     return table
 
 
-def parse(losses, argv=None):
-    """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
-    parser = common.Parser(__doc__)
-    common.shared_flags(parser, dataset="cifar10")
-    flag = parser.add_argument_group("method").add_argument
-    flag("--method", choices=losses, default="iaat", help="iaat: eps by algorithm 2; line-search: "
+def method_flags(flag, methods):
+    """The flags of this script. flag: add_argument of a group; methods: the names."""
+    flag("--method", choices=methods, default="iaat", help="iaat: eps by algorithm 2; line-search: "
          "the largest eps of a grid that holds (table 7); pgd-at: one eps for all; mixup: PGD-AT "
          "with mixed-up labels (table 8); clean: no adversary (%(default)s)")
     flag("--gamma", type=common.unit, help="how far an eps is tried to grow or shrink, and the "
          "line search's grid step, in [0, 1] units (%(default)s)")
-    flag("--beta", type=common.number(0, 1), help="share of the new eps in the memory's average "
-         "(%(default)s)")
-    flag("--warmup", type=common.natural, help="epochs with --eps for all images; 0: none, and "
-         "IAAT's eps starts at 0, tables 5 and 6; as many as --epochs: eps never moves "
-         "(%(default)s)")
+    flag("--beta", type=common.number(0, 1), help="share of the new eps in memory (%(default)s)")
+    flag("--eps-rule", choices=["paper", "authors"], default="paper", help="paper: misclassified "
+         "images train clean; authors: their eps shrinks, and they train at it (%(default)s)")
+    flag("--warmup", type=common.natural, help="epochs with --eps for all images; 0: none, tables "
+         "5 and 6; as many as --epochs: eps never moves (%(default)s)")
+    flag("--eps-start", choices=["eps-w", "0"], help="IAAT's eps before the first epoch where it "
+         "has no warm-up; eps-w: that of --eps (%(default)s)")
     flag("--eps-min", type=common.number(0, 1), help="lower bound on the eps that is used, in "
          "[0, 1] units (%(default)s)")
+    flag("--line-search", choices=["largest", "first-failure"], default="largest", help="first-"
+         "failure: no radius is tried above an image's first one that fails (%(default)s)")
     flag("--attack-steps", type=common.count, help="steps of the training PGD (%(default)s)")
-    flag("--select-steps", type=common.count, help="steps of the PGD by which eps is selected "
-         "(%(default)s)")
+    flag("--select-steps", type=common.count, help="steps of the PGD that sets eps (%(default)s)")
     flag("--step-size", type=common.unit, help="step of the training PGD, the smallest one where "
          "eps differs, in [0, 1] units (%(default)s)")
     flag("--targeted", action=argparse.BooleanOptionalAction, help="attack towards a random wrong "
          "class in training (%(default)s)")
     flag("--lr-warmup", type=common.natural, help="epochs in which lr, where it is above 0.1, "
          "rises from there (%(default)s)")
+
+
+def parse(losses, argv=None):
+    """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
+    parser = common.Parser(__doc__)
+    common.shared_flags(parser, dataset="cifar10")
+    method_flags(parser.add_argument_group("method").add_argument, losses)
     args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
     if args.batch_size < common.ranks()[1]:
         raise common.UsageError(f"--batch-size {args.batch_size} is for all {common.ranks()[1]} "
                                 "processes together")
     if args.method in ("iaat", "line-search") and args.warmup > args.epochs:
-        raise common.UsageError(f"--warmup, {args.warmup} epochs with one eps for all, is longer "
-                                f"than --epochs {args.epochs}: give a shorter one")
+        raise common.UsageError(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
+    if args.eps_start != defaults["eps_start"] and (args.method != "iaat" or args.warmup):
+        raise common.UsageError("--eps-start is for --method iaat with --warmup 0")
     if args.eps_min > args.eps:
-        raise common.UsageError(f"--eps-min {common.shown(args.eps_min)} is above --eps "
-                                f"{common.shown(args.eps)}")
+        raise common.UsageError(f"--eps-min is above --eps {common.shown(args.eps)}")
     if args.schedule == "onecycle" and "lr_warmup" in common.given_flags(parser, argv):
         raise common.UsageError("--lr-warmup is for --schedule paper")
     if args.method == "line-search" and args.gamma > 4 * args.eps:
-        raise common.UsageError(f"--gamma {common.shown(args.gamma)}: the grid ends at 4 eps, "
-                                f"{common.shown(4 * args.eps)}")
+        raise common.UsageError(f"--gamma: the grid ends at 4 eps, {common.shown(4 * args.eps)}")
     return args, facts, defaults
 
 
@@ -327,10 +349,7 @@ def learning_rate(args, epoch, step_share):
 
 
 def merged(memory, seen):
-    """The memory with the updates of all processes.
-
-    seen: (N,), the indices of the images that this process updated.
-    """
+    """The memory with all processes' updates. seen: (N,), the images that this one updated."""
     if common.ranks()[1] == 1:
         return memory
     fresh = torch.full_like(memory, -1).index_copy_(0, seen, memory[seen])
@@ -339,10 +358,7 @@ def merged(memory, seen):
 
 
 def eps_row(memory, index):
-    """What figs. 7 and 8 show of the training images' eps: mean, quantiles, three images.
-
-    eps is the mean in [0, 1] units; the eps/... are on the 0 to 255 scale of the figures.
-    """
+    """What figs. 7 and 8 show of the images' eps, of 255. "eps": their mean in [0, 1] units."""
     of_255 = 255 * memory[index]
     row = {"eps": memory[index].mean().item(), "eps/mean": of_255.mean().item()}
     for share in (0.05, 0.25, 0.5, 0.75, 0.95):
@@ -354,16 +370,15 @@ def eps_row(memory, index):
 
 def main():
     # One line per method. A flag that only other methods' lines read is refused. The lines run
-    # later: args, model and the like are set below.
-    # memory: the images' eps of the epoch before, (N,).
+    # later: args, model and the like are set below. memory: the eps of the epoch before, (N,).
     losses = {
         "iaat": lambda x, y, memory: iaat_loss(
-            model, x, y, memory, epoch < args.warmup, args.gamma, args.beta, args.eps_min,
-            args.step_size, args.attack_steps, args.select_steps,
+            model, x, y, memory, epoch < args.warmup, args.eps, args.gamma, args.beta,
+            args.eps_min, args.eps_rule, args.step_size, args.attack_steps, args.select_steps,
             facts["classes"] if args.targeted else 0, args.attack_mode),
         "line-search": lambda x, y, memory: line_search_loss(
             model, x, y, memory, epoch < args.warmup, args.eps, args.gamma, args.eps_min,
-            args.step_size, args.attack_steps, args.select_steps,
+            args.line_search, args.step_size, args.attack_steps, args.select_steps,
             facts["classes"] if args.targeted else 0, args.attack_mode),
         "pgd-at": lambda x, y, memory: pgd_at_loss(
             model, x, y, args.eps, args.step_size, args.attack_steps,
@@ -385,7 +400,7 @@ def main():
     first = run.start(model, optimizer)
 
     # eps of every image, by its index in the training set; snapshots of it for fig. 8
-    start_eps = args.eps if args.warmup else 0.0
+    start_eps = 0.0 if args.eps_start == "0" else args.eps
     state = run.method_state or dict(
         memory=torch.full((int(train.index.max()) + 1,), start_eps), snapshots={})
     memory = state["memory"].to(device)
