@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import SmallNet, flags_of, method_loss, plain, run_interrupted, ru
 
 METHODS = ["iaat", "line-search", "pgd-at", "mixup", "clean"]
 OWN = ["iaat", "line-search"]  # the methods whose images have an eps of their own
-SHORT = ["--dataset", "digits", "--limit", "100", "--batch-size", "25", "--attack-steps", "3"]
+SHORT = ["--dataset", "digits", "--limit", "60", "--batch-size", "20", "--attack-steps", "3"]
 
 
 def setting(*flags, warm=False, n=60):
@@ -69,6 +70,10 @@ def plain_algorithm_2(model, x, y, memory, args):
         image = x[i:i + 1]
         label = y[i:i + 1]
         before = memory[i].item()
+        if args.eps_rule == "authors" and model(image).argmax() != label:
+            branches.append(3)
+            chosen.append(max(args.eps_min, (1 - args.beta) * before))
+            continue
         for branch, eps in enumerate([before + args.gamma, before, before - args.gamma]):
             if branch == 2:
                 break
@@ -77,7 +82,10 @@ def plain_algorithm_2(model, x, y, memory, args):
             if model(x_adv).argmax() == label:
                 break
         branches.append(branch)
-        chosen.append(max(0.0, (1 - args.beta) * before + args.beta * eps))
+        if args.eps_rule == "authors":
+            chosen.append(max(args.eps_min, (1 - args.beta) * before + args.beta * max(0.0, eps)))
+        else:
+            chosen.append(max(0.0, (1 - args.beta) * before + args.beta * eps))
     return torch.tensor(chosen).to(x), torch.tensor(branches)
 
 
@@ -107,10 +115,11 @@ def test_skipping_the_second_attack_changes_nothing():
     results = []
     for skip in (True, False):
         torch.manual_seed(5)
-        first = iaat.survives_pgd(model, x, y, memory + args.gamma, everyone, args.step_size,
-                                  args.select_steps)
-        second = iaat.survives_pgd(model, x, y, memory, ~first if skip else everyone,
-                                   args.step_size, args.select_steps)
+        first, _ = iaat.survives_pgd(model, x, y, memory + args.gamma, everyone, args.step_size,
+                                     args.select_steps)
+        second, share = iaat.survives_pgd(model, x, y, memory, ~first if skip else everyone,
+                                          args.step_size, args.select_steps)
+        assert share == (~first if skip else everyone).float().mean()
         results.append((first, second & ~first))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert results[0][0].any() and results[0][1].any()
@@ -128,11 +137,9 @@ def test_skipping_misclassified_images_changes_nothing(target_classes):
         torch.manual_seed(step)
         terms = iaat.adaptive_loss(model, x, y, eps, *attack)
         torch.manual_seed(step)
-        noise = torch.empty_like(x).uniform_(-1, 1)
-        target = y
-        if target_classes:
-            target = (y + torch.randint_like(y, 1, target_classes)) % target_classes
-        x_adv = iaat.adaptive_pgd(everybody, x, target, eps, noise, *attack)
+        everyone = torch.ones_like(y, dtype=torch.bool)
+        attacked, x_adv = iaat.adaptive_pgd(everybody, x, y, eps, everyone, *attack)
+        assert attacked.all()
         with torch.no_grad():
             right = everybody.eval()(x).argmax(1) == y
         picked = torch.where(right[:, None, None, None], x_adv, x)
@@ -177,9 +184,13 @@ def test_misclassified_images_cost_no_attack():
     assert terms["right"] == 0 and terms["loss"].requires_grad
 
 
-def test_train_mode_attacks_the_whole_batch():
-    """The choice of eps twice, the update once: BatchNorm must not see the hard images alone."""
-    model, x, y, memory, args, loss = setting("--attack-mode", "train")
+@pytest.mark.parametrize("flags", [[], ["--eps-rule", "authors"]], ids=" ".join)
+def test_train_mode_attacks_the_whole_batch(flags):
+    """The choice of eps twice, the update once: BatchNorm must not see the hard images alone.
+
+    Of other passes there are the one of the clean images and the update's.
+    """
+    model, x, y, memory, args, loss = setting("--attack-mode", "train", *flags)
     seen = count_images(model)
     _, attacks = select_eps(model, x, y, memory, args)
     assert {images for images, _ in seen} == {len(x)}
@@ -190,15 +201,23 @@ def test_train_mode_attacks_the_whole_batch():
     assert len(seen) == 2 * (args.select_steps + 1) + args.attack_steps + 2
 
 
-@pytest.mark.parametrize("warm, flags", [(True, []), (False, []), (False, ["--eps-min", "0.04"])])
+@pytest.mark.parametrize("warm, flags", [
+    (True, []), (False, []), (False, ["--eps-min", "0.04"]), (True, ["--eps-rule", "authors"]),
+    (False, ["--eps-rule", "authors"]), (False, ["--eps-rule", "authors", "--eps-min", "0.04"])])
 def test_algorithm_1_against_a_plain_loop(warm, flags):
-    """The warm-up's eps, their own afterwards, the lower bound; wrong images train clean."""
+    """The warm-up's eps, their own afterwards, the lower bound; wrong images train clean.
+
+    By the authors' rule they train at their eps, which is 0 in the warm-up.
+    """
     model, x, y, memory, args, loss = setting(*flags, warm=warm)
     model.eval()  # the update's forward then is the plain loop's too
     torch.manual_seed(5)
     terms = loss(x, y, memory)
     eps = terms["eps"]
-    if warm:
+    authors = args.eps_rule == "authors"
+    if warm and authors:
+        assert eps.tolist() == [args.eps if hit else 0 for hit in model(x).argmax(1) == y]
+    elif warm:
         assert torch.equal(eps, memory)
     else:
         torch.testing.assert_close(eps, plain_algorithm_2(model, x, y, memory, args)[0])
@@ -212,8 +231,9 @@ def test_algorithm_1_against_a_plain_loop(warm, flags):
     for i in range(len(x)):
         image = x[i:i + 1]
         label = y[i:i + 1]
-        if model(image).argmax() == label:
-            right += 1
+        is_right = (model(image).argmax() == label).item()
+        right += is_right
+        if is_right or authors:
             image = plain_pgd(model, image, label, max(eps[i].item(), args.eps_min),
                               noise[i:i + 1], args.step_size, args.attack_steps)
         total = total + F.cross_entropy(model(image), label) / len(x)
@@ -221,11 +241,107 @@ def test_algorithm_1_against_a_plain_loop(warm, flags):
     assert terms["right"] == pytest.approx(right / len(x)) and 0.5 < right / len(x) < 1
 
 
-def test_line_search_against_a_plain_loop():
-    """The last radius of the grid before the first that fails; at most 4 eps."""
-    model, x, y, memory, args, loss = setting("--method", "line-search")
+class Recorder(torch.nn.Module):
+    """Logits that do not matter; `seen` is what the network was last given."""
+
+    def forward(self, x):
+        self.seen = x.clone()
+        return x.flatten(1)
+
+
+# One letter per epoch, the first two of the warm-up. 1: PGD fails at eps + gamma; 2: at eps, and
+# not above; 3: at neither; x: the clean image is misclassified, and PGD succeeds at both.
+OUTCOMES = ["11111111", "22222222", "33333333", "xxxxxxxx", "1x1x1x1x", "xx111111", "x33xx221"]
+
+
+def plain_memory(rule, outcomes, eps_min, eps_w=0.1, gamma=0.08, beta=0.1):
+    """(memory, eps that is trained with) after each epoch of one image, in numbers."""
+    memory = eps_w
+    history = []
+    for epoch, outcome in enumerate(outcomes):
+        step = {"1": gamma, "2": 0, "3": -gamma, "x": -gamma}[outcome]
+        if rule == "paper":
+            if epoch >= 2:
+                memory = max(0, memory + beta * step)
+            history.append((memory, 0 if outcome == "x" else max(memory, eps_min)))
+            continue
+        if epoch < 2:
+            memory = 0 if outcome == "x" else eps_w
+        elif outcome == "x":
+            memory = memory * (1 - beta)
+        else:
+            memory = memory * (1 - beta) + beta * max(0, memory + step)
+        memory = max(memory, eps_min)
+        history.append((memory, memory))
+    return history
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("eps_min", [0, 0.07])
+@pytest.mark.parametrize("rule", ["paper", "authors"])
+def test_the_memory_of_each_rule(rule, eps_min, mode, monkeypatch):
+    """Hand-made outcomes: each epoch's memory and the eps that the update uses, against numbers."""
+    model = Recorder()
+    x = torch.full((len(OUTCOMES), 1, 2, 3), 0.5).double()
+    y = torch.zeros(len(x), dtype=torch.long)
+    memory = torch.full((len(x),), 0.1).double()
+
+    def pgd(model, x, target, eps, *numbers, **options):
+        return x + eps[:, None, None, None]
+    monkeypatch.setattr(common, "pgd", pgd)
+    expected = [plain_memory(rule, outcomes, eps_min) for outcomes in OUTCOMES]
+    for epoch in range(8):
+        letters = [outcomes[epoch] for outcomes in OUTCOMES]
+        tried = []
+
+        def survives(model, x, y, eps, asked, *numbers):
+            tried.append(eps)
+            holds = torch.tensor([letter == "12"[len(tried) - 1] for letter in letters])
+            return holds & asked, asked.float().mean()
+        monkeypatch.setattr(iaat, "survives_pgd", survives)
+        right = torch.tensor([letter != "x" for letter in letters])
+        monkeypatch.setattr(iaat, "is_right", lambda *inputs: right)
+        before = memory
+        terms = iaat.iaat_loss(model, x, y, memory, epoch < 2, 0.1, 0.08, 0.1, eps_min, rule, 0.01,
+                               4, 3, mode=mode)
+        memory = terms["eps"]
+        used = (model.seen - x).amax((1, 2, 3))
+        assert memory.tolist() == pytest.approx([history[epoch][0] for history in expected])
+        assert used.tolist() == pytest.approx([history[epoch][1] for history in expected])
+        assert terms["right"] == right.float().mean()
+        assert len(tried) == (0 if epoch < 2 else 2)
+        if tried:
+            torch.testing.assert_close(tried[0], before + 0.08)
+            torch.testing.assert_close(tried[1], before)
+
+
+@pytest.mark.parametrize("rule", ["largest", "first-failure"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_line_search_on_hand_made_outcomes(rule, mode, monkeypatch):
+    """Radii 1, 3 and 4 of 6 hold, all, none, or the last alone."""
+    holding = [{1, 3, 4}, {1, 2, 3, 4, 5, 6}, set(), {6}]
+    expected = {"largest": [4, 6, 0, 6], "first-failure": [1, 6, 0, 0]}[rule]
+    shares = []
+
+    def survives(model, x, y, eps, asked, *numbers):
+        level = len(shares) + 1
+        assert eps.tolist() == pytest.approx([0.1 * level] * 4)
+        shares.append(asked.float().mean())
+        return torch.tensor([level in holds for holds in holding]) & asked, shares[-1]
+    monkeypatch.setattr(iaat, "survives_pgd", survives)
+    eps, mean_attacks = iaat.line_search(None, torch.zeros(4, 1, 1, 1), torch.zeros(4).long(), 0.15,
+                                         0.1, rule, 0.01, 3, 0, mode)
+    assert eps.tolist() == pytest.approx([0.1 * level for level in expected])
+    assert len(shares) == 6 and mean_attacks == sum(shares)
+    assert mean_attacks == {"largest": 6, "first-failure": (4 + 2 + 4 * 1) / 4}[rule]
+
+
+@pytest.mark.parametrize("rule", ["largest", "first-failure"])
+def test_line_search_against_a_plain_loop(rule):
+    """Of a grid that ends at 4 eps, the largest radius that holds, or the last below a failure."""
+    model, x, y, memory, args, loss = setting("--method", "line-search", "--line-search", rule)
     torch.manual_seed(5)
-    ours, _ = iaat.line_search(model, x, y, args.eps, args.gamma, args.step_size,
+    ours, _ = iaat.line_search(model, x, y, args.eps, args.gamma, rule, args.step_size,
                                args.select_steps)
     torch.manual_seed(5)
     assert torch.equal(loss(x, y, memory)["eps"], ours)
@@ -233,14 +349,15 @@ def test_line_search_against_a_plain_loop():
     noises = [torch.empty_like(x).uniform_(-1, 1) for _ in range(6)]
     model.eval()
     for i in range(len(x)):
-        for level in range(7):  # how many radii the image has survived
-            if level == 6:
+        largest = 0
+        for level in range(1, 7):
+            x_adv = plain_pgd(model, x[i:i + 1], y[i:i + 1], level * args.gamma,
+                              noises[level - 1][i:i + 1], args.step_size, args.select_steps)
+            if model(x_adv).argmax() == y[i]:
+                largest = level
+            elif rule == "first-failure":
                 break
-            x_adv = plain_pgd(model, x[i:i + 1], y[i:i + 1], (level + 1) * args.gamma,
-                              noises[level][i:i + 1], args.step_size, args.select_steps)
-            if model(x_adv).argmax() != y[i]:
-                break
-        assert ours[i].item() == pytest.approx(level * args.gamma)
+        assert ours[i].item() == pytest.approx(largest * args.gamma)
     assert len(ours.unique()) > 4 and ours.max() <= 4 * args.eps + 1e-6
 
 
@@ -267,9 +384,11 @@ def test_baselines(method):
     assert set(terms) == {"loss"}, "the memory stays as it is"
 
 
-@pytest.mark.parametrize("flags", [[], ["--attack-mode", "train"], ["--method", "pgd-at"],
-                                   ["--method", "line-search"], ["--method", "mixup"],
-                                   ["--method", "clean"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    [], ["--attack-mode", "train"], ["--eps-rule", "authors"],
+    ["--eps-rule", "authors", "--attack-mode", "train"], ["--method", "line-search"],
+    ["--method", "line-search", "--line-search", "first-failure"], ["--method", "pgd-at"],
+    ["--method", "mixup"], ["--method", "clean"]], ids=" ".join)
 def test_cost_is_what_is_counted(flags):
     """A forward-backward pass of all images is 1, a forward pass alone a third.
 
@@ -308,8 +427,8 @@ def test_a_large_eps_is_reached_and_a_bound_holds():
     model = plain(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2))).double()
     x = 0.4 + 0.2 * x
     eps = torch.linspace(0, 0.35, len(x)).double()
-    x_adv = iaat.adaptive_pgd(model, x, y % 2, eps, torch.zeros_like(x), args.step_size,
-                              args.attack_steps)
+    _, x_adv = iaat.adaptive_pgd(model, x, y % 2, eps, eps >= 0, args.step_size,
+                                 args.attack_steps)
     torch.testing.assert_close((x_adv - x).abs().amax((1, 2, 3)), eps)
 
 
@@ -340,7 +459,12 @@ def test_paper_settings():
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--epochs", "4"], "--warmup, 5 epochs .* is longer than --epochs 4"),
+    (["--epochs", "4"], "--warmup 5 is longer than --epochs 4"),
+    (["--eps-start", "0"], "--eps-start is for --method iaat with --warmup 0"),
+    (["--method", "line-search", "--warmup", "0", "--eps-start", "0"], "--eps-start is for"),
+    (["--method", "line-search", "--eps-rule", "authors"], "no use for --eps-rule"),
+    (["--line-search", "first-failure"], "no use for --line-search"),
+    (["--eps-min", "9/255"], "--eps-min is above --eps 8/255"),
     (["--method", "line-search", "--gamma", "0.5"], "the grid ends at 4 eps"),
     (["--method", "line-search", "--beta", "0.1"], "no use for --beta"),
     (["--method", "pgd-at", "--beta", "0"], "no use for --beta"),
@@ -383,9 +507,11 @@ def test_launch_resume_evaluate(tmp_path, method):
     is written.
     """
     words = [*(SHORT[:-2] if method == "clean" else SHORT), "--method", method, "--epochs", "3",
-             "--val", "50"]
+             "--val", "20"]
     if method in OWN:
         words += ["--warmup", "1"]
+    if method == "line-search":
+        words += ["--gamma", "0.1"]
     run_main(iaat.main, "iaat.py", *words, "--ckpt", tmp_path / "whole.pt")
     run_interrupted(iaat.main, "iaat.py", (3,), *words, "--ckpt", tmp_path / "cut.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=True)
@@ -397,7 +523,7 @@ def test_launch_resume_evaluate(tmp_path, method):
     snapshots = whole["method_state"]["snapshots"]
     assert snapshots.keys() == cut["method_state"]["snapshots"].keys()
     assert list(snapshots) == ([1, 2, 3] if method in OWN else [])
-    train, _ = common.load_train(common.dataset_facts("digits"), "data", 50, 100, "cpu")
+    train, _ = common.load_train(common.dataset_facts("digits"), "data", 20, 60, "cpu")
     others = torch.ones(len(memory), dtype=torch.bool)
     others[train.index] = False
     assert (memory[others] == memory[others][0]).all()
@@ -412,35 +538,65 @@ def test_launch_resume_evaluate(tmp_path, method):
         assert moved.max() < 1e-6 and not logged & row.keys()
     assert {"val/clean", "val/robust", "cost/ms_per_batch", "lr"} <= row.keys()
     run_main(evaluate.main, "evaluate.py", "--ckpt", tmp_path / "cut.pt", "--attacks",
-             "clean,pgd-3", "--limit", 50)
+             "clean,pgd-3", "--limit", 20)
     outcomes = json.loads((tmp_path / "cut.eval.json").read_text())
     assert [outcome["attack"] for outcome in outcomes] == ["clean", "pgd-3"]
 
 
-@pytest.mark.parametrize("method", OWN)
-def test_a_warmup_of_all_epochs_leaves_eps_alone(tmp_path, method):
-    """--warmup equal to --epochs: the memory is eps throughout, no attack selects an eps."""
-    words = [*SHORT, "--method", method, "--epochs", "2", "--ckpt", tmp_path / "run.pt"]
-    run_main(iaat.main, "iaat.py", *words, "--warmup", "2")
+@pytest.mark.parametrize("words", [
+    [], ["--eps-rule", "authors"], ["--method", "line-search"]], ids=" ".join)
+def test_a_warmup_of_all_epochs_leaves_eps_alone(tmp_path, words):
+    """--warmup equal to --epochs: the memory is eps throughout, no attack selects an eps.
+
+    By the authors' rule it is 0 for the images that are misclassified at that moment.
+    """
+    words = [*SHORT, *words, "--epochs", "2", "--warmup", "2", "--ckpt", tmp_path / "run.pt"]
+    run_main(iaat.main, "iaat.py", *words)
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     state = saved["method_state"]
     assert list(state["snapshots"]) == [1, 2] and len(saved["history"]) == 2
+    for row in saved["history"]:
+        assert row["cost/passes"] == pytest.approx(3 * row["train/right"] + 4 / 3)
+    if "authors" in words:
+        train, _ = common.load_train(common.dataset_facts("digits"), "data", 0, 60, "cpu")
+        for row, memory in zip(saved["history"], state["snapshots"].values()):
+            eps = memory[train.index]
+            assert ((eps == 0) | (eps == 0.1)).all() and row["eps"] == pytest.approx(eps.mean())
+            assert row["eps"] == pytest.approx(0.1 * row["train/right"]) and 0 < row["eps"] < 0.1
+        return
     for memory in (state["memory"], *state["snapshots"].values()):
         assert torch.equal(memory, torch.full_like(memory, 0.1))
     for row in saved["history"]:
         assert [row["eps/5%"], row["eps/95%"], 255 * row["eps"]] == pytest.approx([25.5] * 3)
-        assert row["cost/passes"] == pytest.approx(3 * row["train/right"] + 4 / 3)
+
+
+@pytest.mark.parametrize("words, start", [
+    ([], 0.1), (["--eps-start", "0"], 0), (["--eps-rule", "authors"], 0),
+    (["--eps-rule", "authors", "--eps-start", "eps-w"], 0.1)], ids=str)
+def test_the_start_without_a_warmup(tmp_path, words, start):
+    """eps starts at eps_w, or at 0, by the authors' rule at 0; the first epoch moves it."""
+    words = [*SHORT, *words, "--epochs", "1", "--warmup", "0", "--ckpt", tmp_path / "run.pt"]
+    run_main(iaat.main, "iaat.py", *words)
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    train, _ = common.load_train(common.dataset_facts("digits"), "data", 0, 60, "cpu")
+    memory = saved["method_state"]["memory"]
+    others = torch.ones(len(memory), dtype=torch.bool)
+    others[train.index] = False
+    assert others.any() and torch.equal(memory[others], torch.full_like(memory[others], start))
+    moved = memory[train.index] - start
+    steps = torch.tensor([-0.1, -0.024, 0, 0.024]) * 0.1  # the first where f(x) is wrong
+    allowed = torch.where(start + steps < 0, 0.0, steps)
+    assert (moved[:, None] - allowed).abs().amin(1).max() < 1e-6
+    assert (moved < 0).any() if start else (moved >= 0).all()
 
 
 def test_the_eps_of_the_images_are_drawn(tmp_path):
     """evaluate.py's figure from the memory in the checkpoint; none where there is no memory."""
-    words = [*SHORT, "--epochs", "8", "--warmup", "0", "--ckpt", tmp_path / "run.pt"]
-    run_main(iaat.main, "iaat.py", *words)
+    words = [*SHORT, "--epochs", "8", "--warmup", "0", "--limit", "30"]
+    run_main(iaat.main, "iaat.py", *words, "--ckpt", tmp_path / "run.pt")
     model, checkpoint = common.load_model(tmp_path / "run.pt")
     args = checkpoint["args"]
     assert list(checkpoint["method_state"]["snapshots"]) == list(range(1, 9))
-    first = checkpoint["method_state"]["snapshots"][1]  # without a warm-up eps starts at 0
-    assert first.min() == 0 and first.max() == pytest.approx(args["beta"] * args["gamma"])
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -463,7 +619,7 @@ def test_the_eps_of_the_images_are_drawn(tmp_path):
 # -------------------------------------------------------------- ImageNet and several processes
 
 SMALL = """import common
-common.DATASETS["imagenet"].update(classes=3, shape=(3, 64, 64))
+common.DATASETS["imagenet"].update(classes=3, shape=(3, 32, 32))
 import iaat
 {extra}
 if __name__ == "__main__":
@@ -475,7 +631,7 @@ turn = 1
 def survives(model, x, y, eps, candidates, *rest):
     global turn
     turn = 1 - turn  # algorithm 2 tries two candidates: 0 with class 0, then 1 with class 1
-    return candidates & (y == turn)
+    return candidates & (y == turn), candidates.float().mean()
 iaat.survives_pgd = survives
 
 def assert_same(value):
@@ -538,8 +694,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """ImageNet of three classes and 64 x 64 pixels, in this process."""
-    for name, value in dict(classes=3, shape=(3, 64, 64)).items():
+    """ImageNet of three classes and 32 x 32 pixels, in this process."""
+    for name, value in dict(classes=3, shape=(3, 32, 32)).items():
         monkeypatch.setitem(common.DATASETS["imagenet"], name, value)
 
 
@@ -548,39 +704,53 @@ def load_imagenet(folder, val=0):
     return common.load_train(common.dataset_facts("imagenet"), folder, val, None, "cpu", 2)
 
 
-def launch(folder, path, processes, *words, extra="", fails=False):
-    """Run iaat.py on the folder, after `extra` lines of Python: the ended process.
+def launch(folder, path, *words, extra="", launcher=True, fails=False):
+    """Run iaat.py on the folder as two processes, after `extra` lines: (stdout, stderr).
 
-    processes: how many torchrun starts; 1: python starts it.
+    launcher: whether torchrun starts them. Without it, which is faster, they are started here.
     """
     script = path.with_suffix(".py")
     script.write_text(SMALL.format(extra=extra))
-    start = []
-    if processes > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = [*start, script, "--dataset", "imagenet", "--data-dir", folder, "--ckpt", path, *words]
+    words = [script, "--dataset", "imagenet", "--data-dir", folder, "--ckpt", path, *words]
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          timeout=300, env=env)
-    assert (done.returncode != 0) == fails, done.stderr
-    return done
+    if launcher:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *words]
+        env_of_each = [env]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env_of_each = [dict(env, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    started = [subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, env=env) for env in env_of_each]
+    try:
+        outputs = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, outputs):
+        assert (process.returncode != 0) == fails, errors
+    return ["".join(texts) for texts in zip(*outputs)]
 
 
-def test_two_processes_train_what_one_does(folder, tmp_path):
+def test_two_processes_train_what_one_does(folder, tmp_path, small):
     """Without chance in the loss two processes' weights and means are one's.
 
     Also after an interruption, with which a process that does not find the run is refused.
     """
     words = ["--method", "clean", "--model", "cnn-small", "--batch-size", "7", "--epochs", "3",
              "--workers", "1", "--precision", "float32", "--lr", "0.05", "--resume"]
-    launch(folder, tmp_path / "one.pt", 1, *words)
-    launch(folder, tmp_path / "two.pt", 2, *words, extra=STOPPED, fails=True)
-    blind = launch(folder, tmp_path / "two.pt", 2, *words, extra=BLIND, fails=True)
-    assert "not every process finds" in blind.stderr
-    done = launch(folder, tmp_path / "two.pt", 2, *words)
-    assert "goes on after epoch 1" in done.stdout
+    run_main(iaat.main, "iaat.py", "--dataset", "imagenet", "--data-dir", folder, "--ckpt",
+             tmp_path / "one.pt", *words)
+    path = tmp_path / "two.pt"
+    launch(folder, path, *words, extra=STOPPED, launcher=False, fails=True)
+    _, errors = launch(folder, path, *words, extra=BLIND, launcher=False, fails=True)
+    assert errors.count("not every process finds") == 2
+    out, _ = launch(folder, path, *words, launcher=False)
+    assert "goes on after epoch 1" in out
     one = torch.load(tmp_path / "one.pt", weights_only=True)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = torch.load(path, weights_only=True)
     assert one["history"][-1]["train/loss"] < one["history"][0]["train/loss"]
     assert len(two["history"]) == 3
     for name, value in one["last"]["state_dict"].items():
@@ -599,7 +769,7 @@ def test_two_processes_share_one_memory(folder, tmp_path, small):
     """
     words = ["--model", "resnet18", "--batch-size", "14", "--warmup", "1", "--epochs", "3",
              "--attack-steps", "2", "--workers", "0"]
-    out = launch(folder, tmp_path / "run.pt", 2, *words, extra=BY_CLASS).stdout
+    out, _ = launch(folder, tmp_path / "run.pt", *words, extra=BY_CLASS)
     assert out.count("memories agree") == 3 and out.count("networks agree") == 3
     assert out.count("the best epoch is") == 1 and "nan" not in out
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
@@ -652,7 +822,7 @@ def test_image_files(folder, small, tmp_path, monkeypatch):
     facts = common.dataset_facts("imagenet")
     test = evaluate.load_test(facts, folder, None, "cpu")
     (x, y, _), = common.eval_batches(test, 12)
-    assert x.shape == (12, 3, 64, 64) and 0 <= x.min() and x.max() <= 1
+    assert x.shape == (12, 3, 32, 32) and 0 <= x.min() and x.max() <= 1
     assert x.is_contiguous(memory_format=torch.channels_last)
     coloured = [i for i, path in enumerate(test.images.paths) if not path.endswith(b"/4.JPEG")]
     assert (x.mean((2, 3)).argmax(1) == y)[coloured].all() and y.bincount().tolist() == [4, 4, 4]
@@ -664,7 +834,7 @@ def test_image_files(folder, small, tmp_path, monkeypatch):
     first, again, later = (next(common.read(train, [rows], (0, epoch))) for epoch in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, later)
     for workers in (0, 1):
-        broken = common.ImageFiles(np.array([b"/nowhere/x.JPEG"]), (3, 64, 64), workers)
+        broken = common.ImageFiles(np.array([b"/nowhere/x.JPEG"]), (3, 32, 32), workers)
         split = common.Split(broken, torch.zeros(1).long(), torch.zeros(1).long())
         named = "^/nowhere/x.JPEG cannot be read .FileNotFoundError"
         with pytest.raises(common.UsageError, match=named):
@@ -715,10 +885,12 @@ def test_targeted_attacks_aim_at_wrong_classes():
     assert (target != y).all() and len(torch.unique(10 * y + target)) == 90
     assert iaat.attack_labels(y, 0) is y
     model, x, y, _, args, _ = setting()
-    target = (y + 1) % 5
     eps = torch.full((len(x),), 0.05)
-    x_adv = iaat.adaptive_pgd(model, x, target, eps, torch.zeros_like(x), args.step_size, 3,
-                              target_classes=5)
+    torch.manual_seed(5)
+    _, x_adv = iaat.adaptive_pgd(model, x, y, eps, eps > 0, args.step_size, 3, target_classes=5)
+    torch.manual_seed(5)
+    torch.empty_like(x).uniform_(-1, 1)
+    target = iaat.attack_labels(y, 5)
     model.eval()
     before = F.cross_entropy(model(x), target, reduction="none")
     after = F.cross_entropy(model(x_adv), target, reduction="none")
