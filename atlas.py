@@ -89,7 +89,7 @@ def one_step_attack(model, x, target, eps, fgsm_step=1.25, clip_start=True,
     """
     if eps == 0:
         return x
-    start = x + eps * torch.empty_like(x).uniform_(-1, 1)
+    start = x + eps * common.uniform_like(x)
     if clip_start:
         start = start.clamp(0, 1)
     with common.model_mode(model, mode):
@@ -128,7 +128,7 @@ def squared_jacobian_norm(logits, x, projections=1, differentiable=True):
     """
     total = 0
     for _ in range(projections):
-        v = torch.nn.functional.normalize(torch.randn_like(logits), dim=1)
+        v = torch.nn.functional.normalize(common.normal_like(logits), dim=1)
         projected, = torch.autograd.grad((v * logits).sum(), x, create_graph=differentiable,
                                          retain_graph=True)
         total = total + projected.flatten(1).square().sum(1)
@@ -417,6 +417,7 @@ def main():
             common.update(optimizer, terms["loss"], len(x))
             meter.add(len(x), terms)
 
+        common.average_buffers(model.net)
         row = {"epoch": epoch + 1, "lr": lr, "eps": ratio * args.eps}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started

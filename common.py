@@ -27,6 +27,7 @@ import weakref
 from fractions import Fraction
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import urlparse
 
@@ -78,9 +79,12 @@ def cli(main):
     try:
         main()
         if ranks()[1] > 1:  # on an error torchrun kills the other ranks; waiting here would hang
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except UsageError as error:
-        # Before the processes are joined, all of them see the same mistake: only rank 0 prints.
+        # Most mistakes are seen by all processes: once the first has told, torchrun ends the others.
+        if ranks()[0]:
+            time.sleep(5)
         if ranks()[0] == 0 or torch.distributed.is_initialized():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -384,11 +388,11 @@ def ranks():
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def set_up(device="auto", precision="auto", parallel=False):
+def set_up(device="auto", precision="auto", parallel=True):
     """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means: TF32 is off.
 
-    parallel: the script can run as several processes under torchrun. They are joined here, each
-    gets the GPU of its number, and only the first prints.
+    Under torchrun the processes are joined here: each gets the GPU of its number, and only the
+    first prints. parallel: whether the script can run as several processes.
     """
     rank, size = ranks()
     if size > 1 and not parallel:
@@ -464,11 +468,88 @@ def set_lr(optimizer, lr):
 
 # ------------------------------------------------------------------------------------- processes
 
+# N processes under torchrun train as one would on the joint batch: `train_batches` gives the
+# process of number r the rows r, r + N, r + 2N ... of each joint batch, random tensors are drawn
+# for all of it, and `update` averages the gradients over its images. The functions below cost
+# nothing where there is one process.
+
+joint = SimpleNamespace(images=None)  # of the step that `train_batches` is at, else None
+
+
 def summed(values):
     """A tensor's sum over the processes of torchrun; itself where there is one process."""
     if ranks()[1] > 1:
         torch.distributed.all_reduce(values)
     return values
+
+
+def joint_size(x):
+    """How many images all processes together have in this step; len(x) outside of training."""
+    return joint.images if ranks()[1] > 1 and joint.images else len(x)
+
+
+def own_rows():
+    """The slice of the joint batch that this process has."""
+    rank, size = ranks()
+    return slice(rank, None, size) if size > 1 and joint.images else slice(None)
+
+
+def rows_below(n):
+    """How many of the first n rows of the joint batch are this process's; n for one process."""
+    return len(range(n)[own_rows()])
+
+
+def joint_mean(mean, x):
+    """The mean over the joint batch of `mean`, a scalar without gradient over the images x."""
+    if joint_size(x) == len(x):
+        return mean
+    return summed(mean * (len(x) / joint.images))
+
+
+def joint_sum(values, x):
+    """A term of the loss that is a sum over the joint batch, not a mean; `values` are of x."""
+    return values.sum() * (joint_size(x) / len(x))
+
+
+def joint_batch(x):
+    """The rows of all processes, in the order of the joint batch; without a gradient."""
+    if joint_size(x) == len(x):
+        return x
+    whole = x.new_zeros((joint.images, *x.shape[1:]))
+    whole[own_rows()] = x
+    return summed(whole)
+
+
+def drawn_like(x, fill):
+    """A random tensor as x. fill: a function that fills a tensor in place and returns it."""
+    if joint_size(x) == len(x):
+        return fill(torch.empty_like(x))
+    whole = torch.empty_like(x[:1]).repeat(joint.images, *[1] * (x.dim() - 1))
+    if x.dim() == 4:
+        whole = whole.contiguous(memory_format=torch.channels_last)
+    return fill(whole)[own_rows()]
+
+
+def uniform_like(x):
+    """Uniform in [-1, 1], as x."""
+    return drawn_like(x, lambda values: values.uniform_(-1, 1))
+
+
+def normal_like(x):
+    """Standard normal, as x."""
+    return drawn_like(x, lambda values: values.normal_())
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What is in the block is done by the first process, and then by the others."""
+    rank, size = ranks()
+    joined = size > 1 and torch.distributed.is_initialized()
+    if joined and rank:
+        torch.distributed.barrier()
+    yield
+    if joined and not rank:
+        torch.distributed.barrier()
 
 
 def update(optimizer, loss, images):
@@ -717,8 +798,9 @@ def held_in_memory(facts, data_dir, split):
         images, labels = digits(split)
     else:
         path = Path(data_dir) / f"{name}.npz"
-        if not path.exists() and name in DATASETS:
-            download(name, path)
+        with first_process_first():
+            if not path.exists() and name in DATASETS:
+                download(name, path)
         images, labels = read_npz(path, split)
         channels, height, width = facts["shape"]
         if images.shape[1:] != (height, width, channels):
@@ -850,14 +932,18 @@ def progress(batches, name):
     return tqdm(batches, desc=name, leave=False, disable=True if ranks()[0] else None)
 
 
-def eval_batches(split, batch_size=None, name="evaluating"):
+def eval_batches(split, batch_size=None, name="evaluating", shared=False):
     """(x, y, rows) over a split in order, with a progress bar; `rows` are positions in the split.
 
-    batch_size: 500 by default, 50 where the images are files.
+    batch_size: 500 by default, 50 where the images are files. shared: each process gets some of
+    the batches, not all.
     """
+    rank, size = ranks()
     if batch_size is None:
         batch_size = 500 if torch.is_tensor(split.images) else 50
     chunks = torch.arange(len(split.labels), device=split.labels.device).split(batch_size)
+    if shared:
+        chunks = chunks[rank::size]
     for rows, x in zip(progress(chunks, name), read(split, chunks)):
         yield x, split.labels[rows], rows
 
@@ -883,8 +969,8 @@ def train_batches(split, batch_size, seed, epoch, augment="none", offset=0):
     """(x, y, index) over a shuffled split, with a progress bar.
 
     index: each image's position in the whole training set. augment: as --augment. torch is seeded
-    for each step before anything is drawn from it. offset: added to the epoch in the seeds. Under
-    torchrun every process gets its share of each step's images, and randomness of its own.
+    for each step before anything is drawn from it. offset: added to the epoch in the seeds.
+    batch_size: of all processes together; each gets its rows of every joint batch.
     """
     rank, size = ranks()
     seed_stream(seed, "order", offset + epoch)
@@ -895,23 +981,29 @@ def train_batches(split, batch_size, seed, epoch, augment="none", offset=0):
     if min(len(rows) for rows in chunks) < size:
         raise UsageError(f"{len(order)} training images are too few for {size} processes, or "
                          f"--batch-size {batch_size} is too small")
+    joint_sizes = [len(rows) for rows in chunks]
     chunks = [rows[rank::size] for rows in chunks]
     images = read(split, chunks, (seed, offset + epoch))
-    for step, (rows, x) in enumerate(zip(progress(chunks, f"epoch {epoch + 1}"), images)):
-        seed_stream(seed, "step", offset + epoch, step * size + rank)
-        if augment != "none":
-            x = crop_and_flip(x, augment)
-        yield x, split.labels[rows], split.index[rows]
+    try:
+        for step, (rows, x) in enumerate(zip(progress(chunks, f"epoch {epoch + 1}"), images)):
+            seed_stream(seed, "step", offset + epoch, step)
+            joint.images = joint_sizes[step]
+            if augment != "none":
+                x = crop_and_flip(x, augment)
+            yield x, split.labels[rows], split.index[rows]
+    finally:
+        joint.images = None
 
 
 def crop_and_flip(x, augment="crop-flip", pad=4):
     """A random crop after padding and, but for "crop", a random flip, per image; (N, C, H, W)."""
     n, _, height, width = x.shape
-    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1, 1), device=x.device)
+    shifts = torch.randint(0, 2 * pad + 1, (2, joint_size(x), 1, 1), device=x.device)
+    top, left = shifts[:, own_rows()]
     rows = torch.arange(height, device=x.device)[None, :, None] + top
     columns = torch.arange(width, device=x.device).expand(n, 1, width)
     if augment != "crop":
-        flipped = torch.rand(n, 1, 1, device=x.device) < 0.5
+        flipped = (torch.rand(joint_size(x), 1, 1, device=x.device) < 0.5)[own_rows()]
         columns = torch.where(flipped, columns.flip(2), columns)
     padding = "reflect" if augment == "reflect-flip" else "constant"
     padded = F.pad(x, [pad] * 4, padding).permute(0, 2, 3, 1)
@@ -1305,12 +1397,12 @@ def linf_attack(model, x, target, eps, step, steps, loss=cross_entropy, start=No
 
 def uniform_start(x, eps):
     """PGD's random start: uniform in the eps-ball, clipped to [0, 1]."""
-    return (x + eps * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
+    return (x + eps * uniform_like(x)).clamp(0, 1)
 
 
 def gaussian_start(x, eps):
     """TRADES's random start: a Gaussian of deviation 0.001 around x (Zhang et al. 2019)."""
-    return (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
+    return (x + 0.001 * normal_like(x)).clamp(0, 1)
 
 
 def fgsm(model, x, target, eps, **options):
@@ -1324,7 +1416,7 @@ def rfgsm(model, x, target, eps, alpha, **options):
     SAT-Rx eqs. 2 and 3. The point between is not clipped, as printed; the result is.
     """
     def noise(x, eps):
-        return x + alpha * torch.randn_like(x).sign()
+        return x + alpha * normal_like(x).sign()
     return linf_attack(model, x, target, eps, eps - alpha, 1, start=noise, **options)
 
 
@@ -1354,16 +1446,17 @@ def pixel_scale(facts):
 def correct(model, split, batch_size=None, attack=None):
     """Which images of a split the model, in eval mode, classifies correctly: bool (N,).
 
-    batch_size: as in `eval_batches`. attack: function (x, y) -> perturbed images, or None.
+    batch_size: as in `eval_batches`. attack: function (x, y) -> perturbed images, or None. Several
+    processes share the work.
     """
-    flags = torch.empty(len(split.labels), dtype=torch.bool, device=split.labels.device)
+    flags = torch.zeros(len(split.labels), dtype=torch.int, device=split.labels.device)
     with model_mode(model, "eval"):
-        for x, y, rows in eval_batches(split, batch_size):
+        for x, y, rows in eval_batches(split, batch_size, shared=True):
             if attack is not None:
                 x = attack(x, y)
             with torch.no_grad():
-                flags[rows] = model(x).argmax(1) == y
-    return flags
+                flags[rows] = (model(x).argmax(1) == y).int()
+    return summed(flags).bool()
 
 
 def accuracy(model, split, batch_size=None, attack=None):
@@ -1837,9 +1930,11 @@ class Run:
 
         Where run.pt is newer than what a resumed run goes on from, the copy was already made.
         """
+        if not self.writes:
+            return
         checkpoint = load_checkpoint(self.path)
         epoch = self.history[-1]["epoch"]
-        if self.writes and checkpoint["last"]["epoch"] == epoch:
+        if checkpoint["last"]["epoch"] == epoch:
             metric = self.history[-1].get("val/robust")
             checkpoint["best"] = dict(checkpoint["last"], metric=metric)
             write_beside(path, lambda file: torch.save(checkpoint, file))
@@ -1877,8 +1972,9 @@ class Run:
                 self.wandb.finish()
             except Exception as error:
                 print(f"W&B failed: {error}")
-        if self.writes:
-            self.unlock()
+        with first_process_first():  # the others may open what it wrote
+            if self.writes:
+                self.unlock()
         command = ["python", "evaluate.py", "--ckpt", str(self.path)]
         if ".py:" in self.config["model"]:
             command += ["--model", self.config["model"]]

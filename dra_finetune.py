@@ -161,7 +161,8 @@ def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, 
     ce_clean = common.cross_entropy(model(x), y).mean()
     excess = ce_clean - ce_std
     # Eq. 9:  lambda <- max(0, lambda + dual_lr * excess)
-    next_multiplier = (multiplier + dual_lr * excess.detach()).clamp(min=0)
+    joint_excess = common.joint_mean(excess.detach(), x)
+    next_multiplier = (multiplier + dual_lr * joint_excess).clamp(min=0)
     return dict(loss=ce_adv + multiplier * excess, ce_clean=ce_clean, ce_adv=ce_adv,
                 multiplier=multiplier, next_multiplier=next_multiplier)
 
@@ -279,6 +280,8 @@ def mean_clean_loss(model, batches):
         for x, y, _ in batches:
             total += common.cross_entropy(model(x), y).sum().item()
             images += len(y)
+    sums = torch.tensor([total, images], dtype=torch.float64, device=y.device)
+    total, images = common.summed(sums).tolist()
     return total / images
 
 
@@ -331,6 +334,7 @@ def train_epoch(run, args, updates, model, optimizer, train, epoch, offset, stat
         state["multiplier"] = terms.pop("next_multiplier", state["multiplier"])
         meter.add(len(x), terms)
 
+    common.average_buffers(model.net)
     row = {"epoch": epoch + 1, "lr": lr}
     if "eps" in common.flags_read(updates):
         row["eps"] = 0.0 if clean else eps_at(epoch, adversarial_epochs, args.eps, args.eps_end)

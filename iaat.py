@@ -84,7 +84,8 @@ def attack_labels(y, target_classes):
     """What PGD is given for labels y: y, or for targeted attacks a random wrong class each."""
     if not target_classes:
         return y
-    return (y + torch.randint_like(y, 1, target_classes)) % target_classes
+    shift = common.drawn_like(y, lambda values: values.random_(1, target_classes))
+    return (y + shift) % target_classes
 
 
 def fixed_pgd(model, x, y, eps, step_size, steps, target_classes=0, mode="eval"):
@@ -105,7 +106,7 @@ def adaptive_pgd(model, x, y, eps, asked, step_size, steps, target_classes=0, mo
     In eval mode those that are `asked` for, bool (N,). In train mode all, for BatchNorm. The start
     is random. The step reaches any ball's border in half of the steps; it is at least step_size.
     """
-    noise = torch.empty_like(x).uniform_(-1, 1)  # for all: no image's depends on who is attacked
+    noise = common.uniform_like(x)  # for all: no image's depends on who is attacked
     target = attack_labels(y, target_classes)
     step = (eps / (0.5 * steps)).clamp(min=step_size)
     attacked = asked if mode == "eval" else torch.ones_like(asked)
@@ -259,10 +260,10 @@ def mixup_loss(model, x, y, eps, step_size, attack_steps, target_classes=0, mode
     """PGD-AT with mixed-up images and labels (table 8), lambda ~ Beta(1, 1)."""
     x_adv = fixed_pgd(model, x, y, eps, step_size, attack_steps, target_classes, mode)
     lam = torch.rand(()).to(x)
-    other = torch.randperm(len(x)).to(y)
-    logits = model(lam * x_adv + (1 - lam) * x_adv[other])
+    other = torch.randperm(common.joint_size(x)).to(y)[common.own_rows()]
+    logits = model(lam * x_adv + (1 - lam) * common.joint_batch(x_adv)[other])
     ce = common.cross_entropy(logits, y).mean()
-    ce_other = common.cross_entropy(logits, y[other]).mean()
+    ce_other = common.cross_entropy(logits, common.joint_batch(y)[other]).mean()
     return dict(loss=lam * ce + (1 - lam) * ce_other)
 
 
@@ -389,7 +390,7 @@ def main():
         "clean": lambda x, y, memory: clean_loss(model, x, y),
     }
     args, facts, defaults = parse(losses)
-    device, precision = common.set_up(args.device, args.precision, parallel=True)
+    device, precision = common.set_up(args.device, args.precision)
     train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
 
     common.seed_stream(args.seed, "init")

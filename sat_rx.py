@@ -8,11 +8,13 @@ needs no iterative attack (R1 needs one, on one sample of the batch):
 
     python sat_rx.py --method r2 --dataset digits             # real digits, a minute on a CPU
     python sat_rx.py --method r2 --dataset mnist              # the paper's settings, eps 0.3
-    python sat_rx.py --method r3 --dataset mnist --init r1.pt # from another method's weights
+    python sat_rx.py --method r1 --dataset mnist --epochs 5 --schedule-epochs 20 --ckpt r1.pt
+    python sat_rx.py --method r3 --dataset mnist --epochs 15 --schedule-start 5 --init r1.pt
 
-Measured: see results/.
+The last two are SAT-R1 + SAT-R3 of table 9, two parts of one schedule. Measured: see results/.
 """
 
+import math
 import time
 
 import torch
@@ -48,9 +50,12 @@ PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS, "imagenet100": IM
 # - R1's IFGSM takes the 40 (MNIST) and 7 (CIFAR-10) steps of table 8. The authors' code takes 10
 #   and 3: --attack-steps.
 # - lr is divided by 5 after 1/4, 1/2 and 3/4 of the epochs; in the authors' code one epoch later.
-# - Table 9 trains with one method after another. Here each phase (--init) has a schedule of its
-#   own; the paper prints none.
+# - Table 9 trains with one method after another, and prints no schedule. Here both are parts of one
+#   of 20 epochs: its lr falls after 5 and 15, where the method changes. Each part has the lr of its
+#   method. SGD's momentum starts at 0 in each part.
 # - FGSM-AT and EAT train on one forward pass of clean and FGSM images, TRADES on one of each.
+# - FGSM-AT's samples are all at eps. In Kurakin et al. 2017, which the paper cites for FGSM-AT, the
+#   eps of each image is random. The paper says neither: --fgsm-eps random.
 # - EAT replaces half of the batch, as FGSM-AT does. One network makes these samples: a source or
 #   the model itself, drawn per batch.
 # - The best epoch has the highest accuracy under IFGSM-3 on held-out images, as in the authors'
@@ -79,17 +84,19 @@ PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS, "imagenet100": IM
 def r1_loss(model, x, y, eps, lam, attack_steps, k=1, ce_all=False, mode="eval"):
     """SAT-R1, eq. 14. IFGSM samples of the last k images stay near their FGSM samples."""
     # 1/m sum J(f(x_fgsm), y) + lambda 1/k sum ||g(x_fgsm) - g(x_ifgsm)||^2
-    m = len(x)
+    m = common.joint_size(x)  # m and k count the images of all processes
     k = min(k, m)
+    first = common.rows_below(m - k)  # of this process's pairs
     x_fgsm = common.fgsm(model, x, y, eps, mode=mode)
-    x_ifgsm = common.ifgsm(model, x[-k:], y[-k:], eps, attack_steps, mode=mode)
-    logits = model(torch.cat([x_fgsm, x_ifgsm]))
-    g_fgsm, g_ifgsm = logits.split([m, k])
-    reg = (g_fgsm[-k:] - g_ifgsm).square().sum(1).mean()
+    x_ifgsm = common.ifgsm(model, x[first:], y[first:], eps, attack_steps, mode=mode)
+    g_fgsm, g_ifgsm = model(torch.cat([x_fgsm, x_ifgsm])).tensor_split([len(x)])
+    reg = common.joint_sum((g_fgsm[first:] - g_ifgsm).square().sum(1), x) / k
+    ce = common.cross_entropy(g_fgsm, y)
     if ce_all:
-        ce = common.cross_entropy(logits, torch.cat([y, y[-k:]])).mean()
+        ce = torch.cat([ce, common.cross_entropy(g_ifgsm, y[first:])])
+        ce = common.joint_sum(ce, x) / (m + k)
     else:
-        ce = common.cross_entropy(g_fgsm, y).mean()
+        ce = ce.mean()
     return dict(loss=ce + lam * reg, ce=ce, reg=reg)
 
 
@@ -115,7 +122,7 @@ def r3_loss(model, x, y, eps, lam, eps_low, tau, rfgsm_alpha=0.0, ce_all=False, 
     """
     # loss_high + lambda max(0, loss_low - tau loss_high)
     if rfgsm_alpha:
-        x = (x + rfgsm_alpha * torch.randn_like(x).sign()).clamp(0, 1)
+        x = (x + rfgsm_alpha * common.normal_like(x).sign()).clamp(0, 1)
     with common.model_mode(model, mode):
         grad, _ = common.input_gradient(model, x, y)
     x_high = (x + eps * grad.sign()).clamp(0, 1)
@@ -124,7 +131,8 @@ def r3_loss(model, x, y, eps, lam, eps_low, tau, rfgsm_alpha=0.0, ce_all=False, 
     g_high, g_low = logits.split(len(x))
     loss_high = common.cross_entropy(g_high, y).mean()
     loss_low = common.cross_entropy(g_low, y).mean()
-    reg = (loss_low - tau * loss_high).clamp(min=0)
+    reg = loss_low - tau * loss_high
+    reg = reg * (common.joint_mean(reg.detach(), x) > 0)  # max(0, reg) of all processes' images
     terms = dict(loss=loss_high + lam * reg, loss_high=loss_high, loss_low=loss_low, reg=reg)
     if ce_all:
         ce = common.cross_entropy(logits, torch.cat([y, y])).mean()
@@ -139,16 +147,32 @@ def nt_loss(model, x, y):
     return dict(loss=common.cross_entropy(model(x), y).mean())
 
 
-def fgsm_at_loss(model, x, y, eps, mode="eval"):
-    """FGSM-AT: CE on a batch whose first half is replaced by FGSM samples."""
-    half = len(x) // 2
+def draw_eps(x, eps):
+    """A random eps per image, (m,): |N(0, eps/2)|, given that it is at most eps.
+
+    Kurakin et al. 2017, "Adversarial Machine Learning at Scale", section 3.
+    """
+    # P(|N(0, eps/2)| <= z) = erf(z / (sqrt(2) eps/2)): a uniform share of erf(sqrt(2)), inverted
+    share = common.drawn_like(x[:, 0, 0, 0], lambda values: values.uniform_())
+    z = math.sqrt(2) * eps / 2 * torch.erfinv(share * math.erf(math.sqrt(2)))
+    return z.clamp(max=eps)
+
+
+def fgsm_at_loss(model, x, y, eps, random_eps=False, mode="eval"):
+    """FGSM-AT: CE on a batch whose first half is replaced by FGSM samples.
+
+    random_eps: whether each sample has an eps of its own, of which `eps` is the largest.
+    """
+    half = common.rows_below(common.joint_size(x) // 2)
+    if random_eps:
+        eps = draw_eps(x, eps)[:half]
     x_fgsm = common.fgsm(model, x[:half], y[:half], eps, mode=mode)
     return dict(loss=common.cross_entropy(model(torch.cat([x_fgsm, x[half:]])), y).mean())
 
 
 def eat_loss(model, sources, x, y, eps, mode="eval"):
     """EAT: FGSM-AT whose samples are made on the model or on a source, drawn per batch."""
-    half = len(x) // 2
+    half = common.rows_below(common.joint_size(x) // 2)
     drawn = torch.randint(1 + len(sources), ()).item()
     if drawn == 0:
         x_fgsm = common.fgsm(model, x[:half], y[:half], eps, mode=mode)
@@ -220,16 +244,26 @@ def announce_masking(history):
 
 def settings(flags, facts):
     """The defaults for the data set, the method and eps of the command line."""
-    return common.table_settings(PAPER, flags, facts,
-                                 with_eps=("eps_low", "rfgsm_alpha", "step_size"))
+    table = common.table_settings(PAPER, flags, facts,
+                                  with_eps=("eps_low", "rfgsm_alpha", "step_size"))
+    table["schedule_epochs"] = flags.schedule_start + (flags.epochs or table["epochs"])
+    return table
 
 
 def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
     common.shared_flags(parser, dataset="cifar10")
-    flag = parser.add_argument_group("method").add_argument
-    flag("--method", choices=losses, default="r2", help="nt: normal training; fgsm-at; rfgsm-at: "
+    method_flags(parser.add_argument_group("method").add_argument, losses)
+    schedule_flags(parser.add_argument_group("part of a longer schedule").add_argument)
+    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
+    refuse_contradictions(args, common.given_flags(parser, argv).keys())
+    return args, facts, defaults
+
+
+def method_flags(flag, methods):
+    """The flags of the methods. flag: the add_argument of a group."""
+    flag("--method", choices=methods, default="r2", help="nt: normal training; fgsm-at; rfgsm-at: "
          "on R-FGSM samples alone, ablation R2-2; eat: FGSM-AT with samples of the --source "
          "networks too; pgd-at; trades; r1: FGSM samples near IFGSM ones; r2: near R-FGSM ones; "
          "r3: with a loss that grows with eps (%(default)s)")
@@ -252,10 +286,22 @@ def parse(losses, argv=None):
     flag("--ce-all", action="store_true", help="r1, r2, r3: cross-entropy on the regulariser's "
          "samples too. With --lam 0: ablations R1-1, R2-1, R3-2; with --k 13 of 32 (40 %%) also "
          "R1-3. --method r3 --lam 0 alone is R3-1")
+    flag("--fgsm-eps", choices=["fixed", "random"], default="fixed", help="FGSM-AT: all samples at "
+         "--eps, or each image at an eps of its own, |N(0, eps/2)| up to --eps (%(default)s)")
     flag("--source", metavar="CKPT", action="append", default=[], help="EAT: a network that also "
          "makes FGSM samples; may be repeated")
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
-    given = common.given_flags(parser, argv).keys()
+
+
+def schedule_flags(flag):
+    """The flags for a part of a longer schedule. flag: the add_argument of a group."""
+    flag("--schedule-epochs", type=common.count, help="epochs of the whole schedule; by "
+         "default it ends with this run (%(default)s)")
+    flag("--schedule-start", type=common.natural, default=0, help="epochs of the schedule that "
+         "the network of --init has behind it (%(default)s)")
+
+
+def refuse_contradictions(args, given):
+    """UsageError where flags contradict each other. given: the names that the command line has."""
     if args.method == "r3" and "rfgsm_alpha" in given and not args.r3_noise:
         raise common.UsageError("--method r3 reads --rfgsm-alpha with --r3-noise alone")
     if args.method == "eat" and not args.source:
@@ -268,14 +314,20 @@ def parse(losses, argv=None):
     if args.eps_low >= args.eps:
         raise common.UsageError(f"--eps-low ({common.shown(args.eps_low)}) must be below --eps "
                                 f"({common.shown(args.eps)})")
-    return args, facts, defaults
+    if args.schedule_start and not args.init:
+        raise common.UsageError(f"--schedule-start {args.schedule_start} needs --init, the network "
+                                "after these epochs")
+    end = args.schedule_start + args.epochs
+    if end > args.schedule_epochs:
+        raise common.UsageError(f"--schedule-epochs {args.schedule_epochs} is too short: this run "
+                                f"ends with epoch {end} (--schedule-start + --epochs)")
 
 
 def learning_rate(args, epoch, step_share):
-    """The rate at an epoch, from 0, of whose steps the share `step_share` is done."""
+    """The rate at an epoch of the schedule, from 0, of which the share `step_share` is done."""
     if args.schedule == "onecycle":
-        return args.lr * common.one_cycle((epoch + step_share) / args.epochs)
-    quarters_done = 4 * epoch // args.epochs
+        return args.lr * common.one_cycle((epoch + step_share) / args.schedule_epochs)
+    quarters_done = 4 * epoch // args.schedule_epochs
     return args.lr * 0.2 ** quarters_done
 
 
@@ -284,7 +336,8 @@ def main():
     # later: args, model and the like are set below.
     losses = {
         "nt": lambda x, y: nt_loss(model, x, y),
-        "fgsm-at": lambda x, y: fgsm_at_loss(model, x, y, args.eps, args.attack_mode),
+        "fgsm-at": lambda x, y: fgsm_at_loss(
+            model, x, y, args.eps, args.fgsm_eps == "random", args.attack_mode),
         "rfgsm-at": lambda x, y: rfgsm_at_loss(
             model, x, y, args.eps, args.rfgsm_alpha, args.attack_mode),
         "eat": lambda x, y: eat_loss(model, sources, x, y, args.eps, args.attack_mode),
@@ -320,15 +373,17 @@ def main():
         started = time.perf_counter()
         meter = common.Meter(epoch)
         model.train()
-        batches = common.train_batches(train, args.batch_size, args.seed, epoch, args.augment)
+        batches = common.train_batches(
+            train, args.batch_size, args.seed, epoch, args.augment, args.schedule_start)
         for step, (x, y, _) in enumerate(batches):
-            lr = learning_rate(args, epoch, (step + 0.5) / steps)
+            lr = learning_rate(args, args.schedule_start + epoch, (step + 0.5) / steps)
             common.set_lr(optimizer, lr)
             with common.autocast(device, run.precision):
                 terms = losses[args.method](x, y)
             common.update(optimizer, terms["loss"], len(x))
             meter.add(len(x), terms)
 
+        common.average_buffers(model.net)
         row = {"epoch": epoch + 1, "lr": lr}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
@@ -338,7 +393,7 @@ def main():
                 row["val/clean"] = common.accuracy(model, val)
                 row["val/ifgsm-3"] = common.accuracy(
                     model, val, attack=lambda x, y: common.ifgsm(model, x, y, args.eps, 3))
-                common.seed_stream(args.seed, "probe", epoch)
+                common.seed_stream(args.seed, "probe", args.schedule_start + epoch)
                 row |= masking_signals(model, *probe[:2], args.eps, defaults["rfgsm_alpha"],
                                        defaults["step_size"], defaults["attack_steps"])
         metric = row.get("val/clean" if args.method == "nt" else "val/ifgsm-3")

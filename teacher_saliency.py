@@ -107,7 +107,7 @@ def squared_distance(a, b, scale):
     total = (a - b).square().flatten(1).sum(1)
     if scale == "image":
         return total.mean()
-    return total.sum() / 255**2  # d / d(255 x) = 1/255 d / dx
+    return common.joint_sum(total, a) / 255**2  # d / d(255 x) = 1/255 d / dx
 
 
 class Discriminator(nn.Sequential):
@@ -332,7 +332,7 @@ def train_epoch(args, epoch, stage, rate, precision, model, discriminators, opti
             lr = args.lr * common.one_cycle((epoch + (step + 0.5) / steps) / args.epochs)
         common.set_lr(optimizer, lr)
         if args.input_noise:
-            x = (x + args.input_noise * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
+            x = (x + args.input_noise * common.uniform_like(x)).clamp(0, 1)
         terms, own_terms = alternate(
             optimizer, discriminators, precision, stage.loss, x, y,
             train_discriminators=step % DISCRIMINATORS_EVERY == 0)
@@ -340,6 +340,8 @@ def train_epoch(args, epoch, stage, rate, precision, model, discriminators, opti
         if own_terms:
             own_meter.add(len(x), own_terms)
 
+    common.average_buffers(model.net)
+    common.average_buffers(discriminators)
     row = {"epoch": epoch + 1, "k": stage.k, "lr": lr}
     row |= {f"train/{name}": value for name, value in meter.read().items()}
     row |= {f"discriminator/{name}": value for name, value in own_meter.read().items()}

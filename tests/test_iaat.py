@@ -918,10 +918,3 @@ def test_targeted_reaches_every_attack_of_training(method, monkeypatch):
     for images, target, targeted in calls:
         with torch.no_grad():
             assert targeted and (target != model(images).argmax(1)).all()
-
-
-def test_other_scripts_are_not_for_torchrun(monkeypatch):
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(common.UsageError, match="torchrun"):
-        common.set_up("cpu")
