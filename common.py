@@ -14,6 +14,7 @@ import difflib
 import errno
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 import weakref
 from fractions import Fraction
 from netrc import NetrcParseError, netrc
@@ -1019,12 +1021,16 @@ class Classifier(nn.Module):
     It takes images in [0, 1], normalises inside, and returns float32 logits.
     """
 
-    def __init__(self, net, normalize, mean, std, contiguous=False):
-        """mean, std: one number per channel. contiguous: `net` needs NCHW order in memory."""
+    def __init__(self, net, normalize, mean, std, foreign=False):
+        """mean, std: one number per channel. foreign: `net` is the user's own.
+
+        A foreign network gets a copy of the images, in NCHW order in memory and in its own
+        precision: it may use view(), change its input in place, or compute in half precision.
+        """
         super().__init__()
         self.net = net
         self.normalize = normalize
-        self.contiguous = contiguous
+        self.foreign = foreign
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -1041,11 +1047,21 @@ class Classifier(nn.Module):
         """Logits (N, classes) of images in [0, 1], or of images as `normalized` returns them."""
         if normalize:
             x = self.normalized(x)
-        if self.contiguous:
-            x = x.contiguous()
+        if self.foreign:
+            x = x.clone(memory_format=torch.contiguous_format).to(computed_in(self.net, x.dtype))
         logits = self.net(x)
-        is_half = torch.is_tensor(logits) and logits.dtype == torch.bfloat16
-        return logits.float() if is_half else logits
+        if not torch.is_tensor(logits) or not logits.is_floating_point():
+            return logits
+        is_low = logits.dtype in (torch.bfloat16, torch.float16)
+        return logits.float() if is_low or self.foreign else logits
+
+
+def computed_in(net, default):
+    """The floating type of a network's first parameter or buffer, `default` where it has none."""
+    for value in itertools.chain(net.parameters(), net.buffers()):
+        if value.is_floating_point() and value.element_size() > 1:
+            return value.dtype
+    return default
 
 
 BACKBONES = ("lenet+, cnn-small, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, "
@@ -1062,8 +1078,7 @@ def build_model(name, facts, normalize="none", device="cpu"):
     """
     own = ".py:" in name
     net = imported_net(name, facts["classes"]) if own else known_net(name, facts)
-    # The user's network may use view(), which needs the usual order in memory.
-    model = Classifier(net, normalize, facts["mean"], facts["std"], contiguous=own)
+    model = Classifier(net, normalize, facts["mean"], facts["std"], foreign=own)
     check_logits(model, name, facts)
     if own:
         return model.to(device)
@@ -1088,16 +1103,29 @@ def known_net(name, facts):
 
 
 def check_logits(model, name, facts):
-    """UsageError where a model in eval mode does not map one image to a logit per class."""
+    """UsageError where a model in eval mode does not map one image to a logit per class.
+
+    A network that normalises by its batch may need two images.
+    """
     try:
-        with torch.no_grad(), model_mode(model, "eval"):
-            logits = model(torch.zeros(1, *facts["shape"]))
+        logits = logits_of_zeros(model, 1, facts)
     except Exception as error:  # a network of the user's own may raise anything
-        raise too_small(name, facts, error)
+        try:
+            logits = logits_of_zeros(model, 2, facts)
+        except Exception:
+            raise too_small(name, facts, error)
     shape = tuple(getattr(logits, "shape", ()))
-    if shape != (1, facts["classes"]):
+    if shape not in ((1, facts["classes"]), (2, facts["classes"])):
         raise UsageError(f"--model {name}: gives {shape or type(logits).__name__} for one image "
                          f"of {facts['name']}, it must be (1, {facts['classes']})")
+    if not logits.is_floating_point():
+        raise UsageError(f"--model {name}: gives {logits.dtype}, logits must be floating numbers")
+
+
+def logits_of_zeros(model, n, facts):
+    """What a model in eval mode returns for n black images."""
+    with torch.no_grad(), model_mode(model, "eval"):
+        return model(torch.zeros(n, *facts["shape"]))
 
 
 def too_small(name, facts, error):
@@ -1132,31 +1160,81 @@ def cnn_small(channels, height, width, classes):
 def imported_net(name, classes):
     """The network that a user's function returns, "path/to/file.py:function".
 
-    The file is imported as from its own folder: its neighbours are found, unless one is called
-    common.py. The function may take num_classes. UsageError where there is no such network.
+    The file is imported as from its own folder: its neighbours and its relative imports are found.
+    The function may take num_classes; a network takes the function's place. UsageError where there
+    is no such network.
     """
     path, _, function = name.rpartition(":")
-    folder = str(Path(path).resolve().parent)
-    sys.path.insert(0, folder)
-    arguments = sys.argv
-    sys.argv = [path]  # an argparse of the file must not see our flags
     try:
-        spec = importlib.util.spec_from_file_location(f"own_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look themselves up there
-        spec.loader.exec_module(module)
-        make = getattr(module, function)
-        takes_classes = "num_classes" in inspect.signature(make).parameters
-        net = make(num_classes=classes) if takes_classes else make()
+        with as_from_folder(path) as package:
+            make = getattr(imported_file(path, package), function)
+            net = make if isinstance(make, nn.Module) else made_net(make, classes)
     except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
-    finally:
-        sys.argv = arguments
-        sys.path.remove(folder)
     if not isinstance(net, nn.Module):
         raise UsageError(f"--model {name}: {function}() must return a torch.nn.Module, not "
                          f"{type(net).__name__}")
     return net
+
+
+def made_net(make, classes):
+    """What a user's function returns; num_classes is given where it takes it."""
+    takes_classes = "num_classes" in inspect.signature(make).parameters
+    return make(num_classes=classes) if takes_classes else make()
+
+
+def imported_file(path, package):
+    """The module of a .py file, as a part of `package`."""
+    name = f"{package}.{Path(path).stem.replace('.', '_')}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def as_from_folder(path):
+    """Import a file as `python -c "import net"` does in its folder; gives a package's name.
+
+    sys.path begins with the folder. An argparse of the file does not see our flags. Modules of
+    ours do not hide its neighbours, nor do those of another user's file that has the same names.
+    What the file changes in torch for all networks is put back.
+    """
+    folder = Path(path).resolve().parent
+    package = f"own_{abs(hash(str(folder)))}"
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = [str(folder)]
+    here = Path(__file__).resolve().parent
+    neighbours = {entry.stem for entry in folder.glob("*")} if folder != here else set()
+    hidden = {name: module for name, module in sys.modules.items()
+              if name.partition(".")[0] in neighbours and lies_in(module, here)}
+    for name in hidden:
+        del sys.modules[name]
+    before = set(sys.modules)
+    arguments = sys.argv
+    dtype = torch.get_default_dtype()
+    records = torch.is_grad_enabled()
+    sys.path.insert(0, str(folder))
+    sys.argv = [str(path)]
+    try:
+        yield package
+    finally:
+        sys.argv = arguments
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(records)
+        for name in set(sys.modules) - before:
+            if lies_in(sys.modules[name], folder) and not name.startswith(package):
+                del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def lies_in(module, folder):
+    """Whether a module's file is in a folder, or below it."""
+    file = getattr(module, "__file__", None)
+    return bool(file) and folder in Path(file).resolve().parents
 
 
 def eat_source(name, facts):
@@ -1488,40 +1566,107 @@ def write_beside(path, write):
 
 
 def load_file(path):
-    """A file of torch.save with tensors and plain values only, onto the CPU; else UsageError."""
+    """A file of tensors and plain values onto the CPU: of torch.save or of safetensors.
+
+    No code of the file is run. UsageError where it cannot be read.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{":  # the length of a JSON header, then the header
+            return load_safetensors(path)
+        with torch.serialization.safe_globals(plain_values()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})")
     except Exception as error:
-        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
-            raise UsageError(f"{path}: refused: loading it would run code, save its state_dict "
-                             "instead")
+        if "TorchScript" in str(error):
+            raise UsageError(f"{path}: is a TorchScript archive, save its state_dict instead")
+        found = re.search(r"unsupported (?:global|class)[: ]*(?:GLOBAL )?([\w.]*)",
+                          str(error), re.IGNORECASE)
+        if found:
+            raise UsageError(f"{path}: refused: loading it would run code ({found[1]}), save its "
+                             "state_dict instead")
         raise UsageError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})")
+
+
+def load_safetensors(path):
+    """The tensors of a .safetensors file: name -> tensor."""
+    try:
+        from safetensors.torch import load_file as load
+    except ImportError:
+        raise UsageError(f"{path}: is a safetensors file: pip install safetensors")
+    return load(path)
+
+
+def plain_values():
+    """What torch.load may build besides tensors: numpy's numbers and arrays, flags, paths.
+
+    None of them runs code of the file.
+    """
+    core = np._core if hasattr(np, "_core") else np.core
+    allowed = [np.ndarray, np.dtype, argparse.Namespace]
+    allowed += [value for value in vars(np.dtypes).values() if isinstance(value, type)]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
+        for name in ("scalar", "_reconstruct"):
+            allowed.append((getattr(core.multiarray, name), f"{module}.{name}"))
+    for name in ("PosixPath", "WindowsPath"):
+        allowed += [(plain_path, f"pathlib.{name}"), (plain_path, f"pathlib._local.{name}")]
+    return allowed
+
+
+def plain_path(*parts):
+    """A path as text, whatever system it was written on."""
+    return "/".join(map(str, parts))
+
+
+RUN_FIELDS = {"format", "script", "model", "dataset", "num_classes", "input_shape", "normalize",
+              "args", "provenance", "history", "best", "last"}
+
+
+def is_run(content):
+    """Whether the content of a file is a run of ours."""
+    return isinstance(content, dict) and RUN_FIELDS <= content.keys()
 
 
 def load_checkpoint(path):
     """The dictionary that training wrote to `path`, checked to be one."""
-    checkpoint = load_file(path)
-    needed = {"format", "script", "model", "dataset", "num_classes", "input_shape", "normalize",
-              "args", "provenance", "history", "best", "last"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    return checked_run(load_file(path), path)
+
+
+def checked_run(content, path):
+    """The content of a run's file; UsageError where it is none, or of another format."""
+    if not is_run(content):
         raise UsageError(f"{path}: not a checkpoint of a run")
-    if checkpoint["format"] != FORMAT:
-        raise UsageError(f"{path}: has format {checkpoint['format']}, this code reads {FORMAT}")
-    if checkpoint["normalize"] not in NORMALIZATIONS:
+    if content["format"] != FORMAT:
+        raise UsageError(f"{path}: has format {content['format']}, this code reads {FORMAT}")
+    if content["normalize"] not in NORMALIZATIONS:
         raise UsageError(f"{path}: names a normalisation that this code does not have")
-    return checkpoint
+    return content
+
+
+def holds_weights(path):
+    """The content of a file; UsageError where it is neither a run nor holds a state_dict."""
+    content = load_file(path)
+    if not is_run(content) and not list(state_dicts_in(content)):
+        raise UsageError(f"{path}: not a checkpoint of a run, nor a state_dict of tensors")
+    return content
 
 
 def load_init(model, path):
-    """Load the last weights of a checkpoint into a model, or its best where it has no last.
+    """Load the last weights of a run into a model, or its best where it has no last.
 
-    Returns the checkpoint.
+    A file of somebody else's weights is read, too. Returns the checkpoint, or {} of such a file.
     """
-    checkpoint = load_checkpoint(path)
+    content = holds_weights(path)
+    if not is_run(content):
+        load_weights(model, content, path)
+        return {}
+    checkpoint = checked_run(content, path)
     if checkpoint["normalize"] != model.normalize:
         raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, this "
                          f"one {model.normalize}")
@@ -1529,40 +1674,129 @@ def load_init(model, path):
     return checkpoint
 
 
-def load_weights(model, state_dict, path):
-    """Strictly load a backbone's state_dict; UsageError if it does not fit.
+# Where files keep a state_dict, the first that fits is taken. Names that are not here come last.
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module",
+            "ema", "ema_state_dict", "state_dict_ema", "model_ema", "params", "weights")
+# Numbers that a network may lack, or have beside its weights: BatchNorm's and averages' counters.
+COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 
-    The prefixes of DistributedDataParallel and torch.compile go where the names then fit.
+
+def load_weights(model, content, path):
+    """Strictly load a backbone's state_dict, bare or in the usual wrappers.
+
+    Prefixes go, or come, where the names then fit. UsageError if nothing in the file fits.
     """
-    names = model.net.state_dict().keys()
-    if state_dict.keys() != names:
-        bare = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
-                for name, value in state_dict.items()}
-        if bare.keys() == names:
-            state_dict = bare
+    found = list(state_dicts_in(content))
+    own = model.net.state_dict()
+    fitting = [(place, state) for place, state in found if renamed(state, own) is not None]
+    place, state = (fitting or found)[0]
+    if len(fitting) > 1:
+        others = ", ".join(place for place, _ in fitting[1:])
+        print(f"{path}: the weights are those of {place!r}, the file also holds {others}")
     try:
-        model.net.load_state_dict(state_dict)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"{path}: its weights do not fit the model ({reason})")
+        model.net.load_state_dict(renamed(state, own) or state)
+    except Exception as error:  # of a network of the user's own, too
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})")
 
 
-def load_model(path, weights="best", device="cpu", facts=None, architecture=None):
-    """(Classifier in eval mode, checkpoint dictionary) of a run's file.
+def shortened(text, most=200):
+    """A text of at most so many characters."""
+    return text if len(text) <= most else f"{text[:most]} ..."
 
-    weights: "best" or "last". facts: those of the data set it must have been trained on, or None.
-    architecture: the command line's --model. It is read where the user's own file builds the
-    network: code that a checkpoint names is not run. UsageError where something does not fit.
+
+def state_dicts_in(content, place="", depth=0):
+    """(where it stands, state_dict) of each one in a file: bare first, then by WRAPPERS."""
+    if not isinstance(content, dict) or depth > 3:
+        return
+    if content and any(torch.is_tensor(value) for value in content.values()):
+        yield place, content
+    order = {name: rank for rank, name in enumerate(WRAPPERS)}
+    for key in sorted(content, key=lambda key: order.get(key, len(order))):
+        yield from state_dicts_in(content[key], f"{place}.{key}".strip("."), depth + 1)
+
+
+def renamed(state, own):
+    """`state` under the names of `own`, a network's state_dict, or None where they do not fit.
+
+    DistributedDataParallel's and torch.compile's parts of names count for nothing. A prefix that
+    all names of one side share is left out. Counters may be missing, or too many.
     """
-    checkpoint = load_checkpoint(path)
-    if facts and facts["name"] != checkpoint["dataset"]:
-        raise UsageError(f"{path}: was trained on {checkpoint['dataset']}, not on {facts['name']}")
-    if facts and facts["classes"] != checkpoint["num_classes"]:
-        raise UsageError(f"{path}: has {checkpoint['num_classes']} classes, not "
-                         f"{facts['classes']}")
-    if facts and facts["chosen"] != checkpoint["args"].get("classes"):
-        raise UsageError(f"{path}: was trained with other --classes, or with the same ones in "
-                         "another order")
+    if state.keys() == own.keys():
+        return state
+    given = without_wrappers(state)
+    wanted = without_wrappers(own)
+    if given is None or wanted is None:
+        return None
+    for names in (given, *shorter(given)):
+        if names.keys() == wanted.keys():
+            return {wanted[name]: state[old] for name, old in names.items()} | counters(own, state)
+    for names in shorter(wanted):
+        if names.keys() == given.keys():
+            return {names[name]: state[old] for name, old in given.items()} | counters(own, state)
+    return None
+
+
+def is_counter(name):
+    return str(name).rpartition(".")[2] in COUNTERS
+
+
+def counters(own, state):
+    """The counters of a network: name -> tensor; those of the file where the names are the same."""
+    return {name: state.get(name, value) for name, value in own.items() if is_counter(name)}
+
+
+def without_wrappers(state):
+    """{name without `module` and `_orig_mod`: name in `state`}; None where two would be one."""
+    names = {}
+    for name in state:
+        if is_counter(name):
+            continue
+        parts = [part for part in str(name).split(".") if part not in ("module", "_orig_mod")]
+        short = ".".join(parts)
+        if short in names:
+            return None
+        names[short] = name
+    return names
+
+
+def shorter(names):
+    """The same names without the prefix that they share: without one part of it, two ..."""
+    while names:
+        heads = {name.partition(".")[0] for name in names}
+        if len(heads) > 1 or not all("." in name for name in names):
+            return
+        names = {name.partition(".")[2]: old for name, old in names.items()}
+        yield names
+
+
+def path_and_model(text):
+    """(path, model or None) of CKPT or CKPT=MODEL, MODEL being a backbone or file.py:function."""
+    path, equals, name = str(text).rpartition("=")
+    if equals and not Path(text).exists() and Path(path).exists():
+        return path, name
+    return str(text), None
+
+
+def load_model(path, weights="best", device="cpu", facts=None, architecture=None,
+               normalize="none", foreign_facts=None):
+    """(Classifier in eval mode, checkpoint dictionary) of a run's file or of somebody's weights.
+
+    path: it may end in =MODEL, the network that the weights belong to.
+    weights: "best" or "last". facts: those of the data set it must have been trained on, or None.
+    architecture: the command line's --model. It is read where the file does not say what network
+    it is of, and where the user's own file builds the network: code that a checkpoint names is not
+    run. normalize, foreign_facts: of somebody's weights, where `facts` is None. UsageError where
+    something does not fit.
+    """
+    path, name = path_and_model(path)
+    architecture = name or architecture
+    content = holds_weights(path)
+    if not is_run(content):
+        return load_foreign(path, content, weights, device, facts or foreign_facts, architecture,
+                            normalize)
+    checkpoint = checked_run(content, path)
+    refuse_other_data(checkpoint, facts, path)
     if not checkpoint.get(weights):
         raise UsageError(f"{path}: holds no {weights} weights")
     name = checkpoint["model"]
@@ -1574,6 +1808,38 @@ def load_model(path, weights="best", device="cpu", facts=None, architecture=None
     model = build_model(name, checkpoint_facts(checkpoint), checkpoint["normalize"], device)
     load_weights(model, checkpoint[weights]["state_dict"], path)
     return model.eval(), checkpoint
+
+
+def refuse_other_data(checkpoint, facts, path):
+    """UsageError where a run was trained on other data or classes than `facts` say."""
+    if not facts:
+        return
+    if facts["name"] != checkpoint["dataset"]:
+        raise UsageError(f"{path}: was trained on {checkpoint['dataset']}, not on {facts['name']}")
+    if facts["classes"] != checkpoint["num_classes"]:
+        raise UsageError(f"{path}: has {checkpoint['num_classes']} classes, not "
+                         f"{facts['classes']}")
+    if facts["chosen"] != checkpoint["args"].get("classes"):
+        raise UsageError(f"{path}: was trained with other --classes, or with the same ones in "
+                         "another order")
+
+
+def load_foreign(path, content, weights, device, facts, architecture, normalize):
+    """As `load_model`, of weights that no run of ours wrote."""
+    if not (architecture and facts):
+        raise UsageError(f"{path} is a bare state_dict: --model and --dataset say what it belongs "
+                         "to")
+    if weights == "last":
+        raise UsageError(f"{path} is a bare state_dict: it holds no last weights")
+    model = build_model(architecture, facts, normalize, device).eval()
+    load_weights(model, content, path)
+    best = dict(epoch=None, state_dict=model.net.state_dict())
+    flags = dict(eps=facts["eps"], classes=facts["chosen"])
+    return model, dict(
+        format=FORMAT, script="state_dict", model=architecture, dataset=facts["name"],
+        num_classes=facts["classes"], input_shape=facts["shape"], mean=facts["mean"],
+        std=facts["std"], normalize=normalize, args=flags, provenance=None, history=[], best=best,
+        last=None)
 
 
 def provenance(device):
@@ -1789,7 +2055,7 @@ class Run:
         refuse_taken(self.path, self.config["resume"], self.config["overwrite"], files,
                      earlier_paths)
         if self.config["init"] and not going_on(self.path, self.config["resume"]):
-            load_checkpoint(self.config["init"])  # a wrong name must not cost the old run
+            holds_weights(self.config["init"])  # a wrong name must not cost the old run
         new_folders = [folder for folder in self.path.parents if not folder.exists()]
         lock = claim(self.path)
         self.unlock = weakref.finalize(self, release, lock, new_folders)

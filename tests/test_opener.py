@@ -1,0 +1,242 @@
+"""One opener for every network: wrappers, prefixes, formats, and the user's own files."""
+
+import argparse
+import importlib.util
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import sat_rx
+from conftest import run_main
+
+DIGITS = common.dataset_facts("digits")
+NET = """
+from torch import nn
+
+class Inner(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = Inner()
+    def forward(self, x):
+        return self.module((x - 0.3) / 0.3)
+
+def plain():
+    return Inner()
+
+def parallel():
+    return nn.DataParallel(Inner())
+"""
+
+
+@pytest.fixture
+def net(tmp_path):
+    """(path of net.py, the weights of one of its networks)."""
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    torch.manual_seed(1)
+    return path, common.imported_net(f"{path}:plain", 10).state_dict()
+
+
+def opened(path, content, architecture):
+    """The weights that the opener finds in a file of `content`, by their order."""
+    torch.save(content, path)
+    model, _ = common.load_model(path, facts=DIGITS, architecture=architecture)
+    assert not model.training
+    return list(model.net.state_dict().values())
+
+
+def under(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.",
+                                    "net.", "model.module.", "a.b.c."])
+@pytest.mark.parametrize("function", ["plain", "Wrapped", "parallel"])
+def test_prefixes_where_the_keys_then_fit(net, tmp_path, prefix, function):
+    path, weights = net
+    found = opened(tmp_path / "w.pt", under(prefix, weights), f"{path}:{function}")
+    assert len(found) == len(weights)
+    assert all(torch.equal(a, b) for a, b in zip(found, weights.values()))
+
+
+@pytest.mark.parametrize("keys", [
+    ["state_dict"], ["model_state_dict"], ["model"], ["net"], ["ema"], ["params"], ["anything"],
+    ["model", "state_dict"], ["checkpoint", "model", "ema"]])
+def test_wrappers(net, tmp_path, keys):
+    """The usual ones and others, beside what training scripts save with them."""
+    path, weights = net
+    content = OrderedDict(under("module.", weights))
+    for key in reversed(keys):
+        content = {"epoch": 3, "lr": np.float64(0.1), "seed": np.int64(3), key: content,
+                   "args": argparse.Namespace(lr=0.1, where=Path("x"), list=[np.float32(1)]),
+                   "curve": np.arange(3.0), "optimizer": {"state": {0: {"exp": torch.ones(2)}}}}
+    found = opened(tmp_path / "w.pt", content, f"{path}:plain")
+    assert all(torch.equal(a, b) for a, b in zip(found, weights.values()))
+
+
+def test_the_first_that_fits_is_taken_and_said(net, tmp_path, capsys):
+    path, weights = net
+    ema = {name: value + 1 for name, value in weights.items()}
+    content = dict(ema=ema, model=weights, teacher={"fc.weight": torch.ones(3)})
+    found = opened(tmp_path / "w.pt", content, f"{path}:plain")
+    assert torch.equal(found[0], weights["1.weight"])
+    said = capsys.readouterr().out
+    assert "those of 'model'" in said and "ema" in said and "teacher" not in said
+
+
+def test_what_does_not_fit_is_named(net, tmp_path):
+    """Missing, additional, or of another shape; a layer of theirs is never dropped in silence."""
+    path, weights = net
+    fewer = {name: value for name, value in weights.items() if name != "1.bias"}
+    other = dict(weights, **{"1.weight": torch.zeros(7, 784)})
+    for content, named in ((fewer, "1.bias"), (dict(weights, mean=torch.ones(1)), "mean"),
+                           (other, "size mismatch"), ({}, "nor a state_dict"), (3, "state_dict"),
+                           ([torch.ones(1)], "state_dict")):
+        with pytest.raises(common.UsageError, match=named):
+            opened(tmp_path / "w.pt", content, f"{path}:plain")
+    with pytest.raises(common.UsageError, match="--model and --dataset"):
+        opened(tmp_path / "w.pt", weights, None)
+
+
+def test_counters_do_not_decide(net, tmp_path):
+    """BatchNorm's of old files are missing; an averaged network has one more."""
+    path, weights = net
+    old = {name: value for name, value in weights.items() if "num_batches" not in name}
+    average = dict(under("module.", weights), n_averaged=torch.tensor(4))
+    for content in (old, average):
+        found = opened(tmp_path / "w.pt", content, f"{path}:plain")
+        assert torch.equal(found[0], weights["1.weight"])
+
+
+def test_a_file_that_needs_code_is_refused_and_the_code_named(net, tmp_path):
+    for content in (dict(model=nn.Linear(2, 2)), dict(f=print), dict(a=np.array([print], object))):
+        with pytest.raises(common.UsageError, match="would run code"):
+            opened(tmp_path / "w.pt", content, "lenet+")
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    scripted.save(str(tmp_path / "s.pt"))
+    with pytest.raises(common.UsageError, match="TorchScript"):
+        common.load_model(tmp_path / "s.pt", facts=DIGITS, architecture="lenet+")
+
+
+def test_safetensors(net, tmp_path, monkeypatch):
+    """Read by the package, whatever the name of the file; without it, one line."""
+    path, weights = net
+    file = tmp_path / "w.pth"
+    header = b'{"__metadata__":{}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(common.UsageError, match="pip install safetensors"):
+        common.load_file(file)
+    monkeypatch.undo()
+    if importlib.util.find_spec("safetensors") is None:
+        pytest.skip("safetensors is not installed")
+    from safetensors.torch import save_file
+    save_file(dict(weights), file)
+    model, _ = common.load_model(file, facts=DIGITS, architecture=f"{path}:plain")
+    assert torch.equal(model.net.state_dict()["1.weight"], weights["1.weight"])
+
+
+@pytest.mark.parametrize("function", ["Wrapped", "parallel"])
+def test_a_run_of_a_wrapped_network_is_always_read(net, tmp_path, function):
+    """By evaluate.py, --resume and --init; of weights of somebody else, --init, too."""
+    path, weights = net
+    words = ["--method", "nt", "--dataset", "digits", "--limit", 60, "--val", 0, "--batch-size",
+             30, "--wandb", "disabled", "--model", f"{path}:{function}"]
+    run_main(sat_rx.main, "sat_rx.py", *words, "--epochs", 1, "--ckpt", tmp_path / "a.pt")
+    run_main(sat_rx.main, "sat_rx.py", *words, "--epochs", 1, "--ckpt", tmp_path / "a.pt",
+             "--resume")
+    torch.save(dict(ema=under("net.", weights)), tmp_path / "theirs.pth")
+    for name, init in (("b", "a.pt"), ("c", "theirs.pth")):
+        run_main(sat_rx.main, "sat_rx.py", *words, "--epochs", 1, "--ckpt", tmp_path / f"{name}.pt",
+                 "--init", tmp_path / init, "--lr", "1e-30")
+    first = [common.load_model(tmp_path / f"{name}.pt", architecture=f"{path}:{function}")[0]
+             for name in "abc"]
+    a, b, c = (list(model.net.parameters())[0] for model in first)
+    assert torch.equal(a, b) and torch.equal(c, weights["1.weight"]) and not torch.equal(a, c)
+    torch.save([1], tmp_path / "no.pt")
+    with pytest.raises(common.UsageError, match="nor a state_dict"):
+        run_main(sat_rx.main, "sat_rx.py", *words, "--ckpt", tmp_path / "b.pt", "--overwrite",
+                 "--init", tmp_path / "no.pt")
+    assert (tmp_path / "b.resume.pt").exists()
+
+
+def test_ckpt_equals_model(net, tmp_path):
+    """CKPT=MODEL names the network of a file, where a flag can name many files."""
+    path, weights = net
+    torch.save(weights, tmp_path / "w=1.pt")
+    for text in (f"{tmp_path}/w=1.pt={path}:plain", f"{tmp_path}/w=1.pt"):
+        model, _ = common.load_model(text, facts=DIGITS, architecture=f"{path}:plain")
+        assert torch.equal(model.net.state_dict()["1.weight"], weights["1.weight"])
+    model, _ = common.load_model(f"{tmp_path}/w=1.pt={path}:Wrapped", facts=DIGITS,
+                                 architecture="lenet+")
+    assert type(model.net).__name__ == "Wrapped"
+
+
+# ------------------------------------------------------------------------------ the user's file
+
+def test_two_folders_with_neighbours_of_the_same_name(tmp_path):
+    """Each file finds its own, by plain and by relative imports; ours do not hide a common.py."""
+    for name, classes in (("a", 3), ("b", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "common.py").write_text(f"classes = {classes}\n")
+        (folder / "sizes.py").write_text(f"classes = {classes}\n")
+        (folder / "net.py").write_text(
+            "import common\nfrom . import sizes\nfrom torch import nn\n"
+            "def make():\n    from .sizes import classes\n    import sizes as again\n"
+            "    assert classes == again.classes == common.classes\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(784, sizes.classes))\n")
+    before = dict(sys.modules), list(sys.path)
+    for name, classes in (("a", 3), ("b", 5), ("a", 3)):
+        model = common.build_model(f"{tmp_path}/{name}/net.py:make", dict(DIGITS, classes=classes))
+        assert model.net[1].out_features == classes
+    assert sys.modules["common"] is common and sys.path == before[1]
+    assert "sizes" not in sys.modules
+
+
+def test_what_a_file_may_do(tmp_path):
+    """It may leave, change torch's defaults, and keep a network instead of a function."""
+    (tmp_path / "net.py").write_text(
+        "import sys, torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
+        "network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))\n"
+        "def leave():\n    sys.exit('not today')\n")
+    model = common.build_model(f"{tmp_path}/net.py:network", DIGITS)
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert model(torch.rand(2, 1, 28, 28)).dtype == torch.float32, "computed in float64"
+    with pytest.raises(common.UsageError, match="SystemExit: not today"):
+        common.build_model(f"{tmp_path}/net.py:leave", DIGITS)
+
+
+class InPlace(nn.Module):
+    """Half precision, and a forward that changes its input and uses view()."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer = nn.Linear(784, 10, dtype=dtype)
+
+    def forward(self, x):
+        x.mul_(0.5)
+        return self.layer(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_foreign_network_gets_a_copy_in_its_own_precision(dtype):
+    net = InPlace(dtype)
+    model = common.Classifier(net, "none", (0.0,), (1.0,), foreign=True)
+    x = torch.rand(6, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    gradient, logits = common.input_gradient(model, x, torch.arange(6))
+    assert torch.equal(x, before)
+    assert logits.dtype == gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+    expected = net.layer(x.contiguous().flatten(1).to(dtype) * 0.5)
+    torch.testing.assert_close(logits, expected.float().detach(), rtol=1e-6, atol=1e-6)
