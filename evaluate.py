@@ -1,16 +1,16 @@
-"""How robust is a checkpoint? Attacks by name on the test set, a table, and a record of every outcome.
+"""How robust is a network? Attacks by name on test images, a table, and a record of every outcome.
 
-    python evaluate.py --ckpt run.pt                                    # a quick look: 1,000 random test images
+    python evaluate.py --ckpt run.pt                             # a quick look: 1,000 test images
     python evaluate.py --ckpt run.pt --limit 0 --attacks clean,fgsm,pgd-100x5,un-100x10,aa
     python evaluate.py --ckpt run.pt --protocol common --sanity --plots figures
-    python evaluate.py --ckpt run.pt --protocol sat_rx --surrogate c.pt --surrogate d.pt     # a paper's own columns
-    python evaluate.py --ckpt state_dict.pt --dataset cifar10 --model my_nets.py:resnet      # somebody else's network
+    python evaluate.py --ckpt run.pt --protocol sat_rx --surrogate c.pt  # a paper's own columns
+    python evaluate.py --ckpt theirs.pth --dataset cifar10 --model nets.py:make  # not our network
 
-NAME-STEPSxRESTARTS:EPS names an attack. White-box iterative attacks but DRA count a sample as broken at the first step
-that misclassifies it and attack it no further: never weaker than judging the last step alone. Evaluation is in float32,
-TF32 off, unless told otherwise. Outcomes go to run.eval.json, per-sample facts to run.eval.npz, both under the sha256
-of the weights they belong to: nothing of an earlier network on the same path remains, and what was measured is not run
-again.
+NAME-STEPSxRESTARTS:EPS@STEP names an attack. A sample counts as broken at the first step that
+misclassifies it, and is attacked no further: never weaker than judging the last step alone.
+Evaluation is in float32, TF32 off, unless told otherwise. Outcomes go to run.eval.json, facts of
+each sample to run.eval.npz, both under the sha256 of the weights that they belong to: nothing of
+an earlier network on the same path remains, and what was measured is not run again.
 """
 
 import functools
@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,110 +30,205 @@ import torch
 
 import common
 
-QUICK_LOOK = dict(attacks="clean,fgsm,ifgsm-40,pgd-40,pgd-cw-40", transfer="fgsm,mi-fgsm-40", start="ball", limit=1000)
-PLAN = dict(transfer="", start="ball", step=None, limit=0, few={})  # few: attack -> (images on a GPU, images on a CPU)
-SAT_RX = dict(PLAN, start="step")  # tables 3 to 5: the whole test set; eq. 6: PGD starts within a step of x
-ATLAS = dict(PLAN, transfer="pgd-1000", step=0.007, few={"rays-40000": (1000, 200), "aa": (0, 500)})
-MNIST_FEW = {"pgd-1000": (0, 500), "un-50x20": (0, 500), "multi-50x20": (0, 200)}
-TARGETED = [f"targeted-1000:{radius}/255" for radius in (4, 8, 12, 16)]
-IAAT = dict(PLAN, attacks="clean,pgd-10x5,pgd-100x5,pgd-1000x2", transfer="pgd-1000x2")
-SALIENCY = dict(PLAN, attacks="clean,fgsm,pgd-5,pgd-10,pgd-20", few={"aa": (0, 500)})
-DRA = dict(PLAN, step="eps/steps")
-COMMON = dict(PLAN, attacks="clean,pgd-20,pgd-cw-20,pgd-100,pgd-100x5,aa,multi-20x5,rays-40000", few={
-    "pgd-100x5": (1000, 500), "aa": (1000, 500), "multi-20x5": (1000, 200), "rays-40000": (1000, 200)})
-PROTOCOLS = {  # the columns of the papers' main tables; their rows are in results/papers.json
-    "common": dict.fromkeys(common.DATASETS, COMMON),
-    "sat_rx": {
-        "mnist": dict(SAT_RX, attacks="clean,fgsm,ifgsm-100,pgd-100,pgd-cw-100", transfer="fgsm,mi-fgsm-100"),
-        **dict.fromkeys(["cifar10", "imagenet100"], dict(SAT_RX, attacks="clean,fgsm,ifgsm-20,pgd-20,pgd-cw-20",
-                                                         transfer="fgsm,mi-fgsm-20")),
-    },
-    "atlas": {
-        "mnist": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-50x20,multi-50x20", step=0.01, few=MNIST_FEW),
-        "cifar10": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,multi-20x5,rays-40000,aa"),
-        "cifar100": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,rays-40000,aa"),
-    },
-    "iaat": {"cifar10": dict(IAAT, attacks=IAAT["attacks"] + ",corruptions"), "cifar100": IAAT,
-             "imagenet": dict(PLAN, attacks=",".join(["clean", *TARGETED]), step=1 / 255, few=dict.fromkeys(
-                 TARGETED, (1000, 100)))},
-    "saliency": {"cifar10": dict(SALIENCY, attacks=SALIENCY["attacks"] + ",cw-20,aa"), "cifar100": SALIENCY},
-    "dra": {"mnist": dict(DRA, attacks="clean,pgd-20:0.1,pgd-20:0.3"),
-            "cifar10": dict(DRA, attacks="clean,pgd-20:2/255,pgd-20:5/255,pgd-20:8/255")},
-}
+# What is attacked without --protocol: 1,000 test images, for a first look.
+QUICK_LOOK = dict(attacks="clean,fgsm,ifgsm-40,pgd-40,pgd-cw-40", transfer="fgsm,mi-fgsm-40",
+                  start="ball", limit=1000)
 
+# The protocols: the columns of the papers' main tables; their rows are in results/papers.json.
+# attacks, transfer: by name; transfer is made on the surrogates. start: of PGD, see --start.
+# step: of PGD at the data set's usual eps, None: the usual one. limit: test images, 0: all.
+# few: attack -> (images on a GPU, images on a CPU), where it is too slow for all of them.
+PLAN = dict(transfer="", start="ball", step=None, limit=0, few={})
+SAT_RX = dict(PLAN, start="step")  # tables 3 to 5; eq. 6: PGD starts within a step of x
+SAT_RX_MNIST = dict(SAT_RX, attacks="clean,fgsm,ifgsm-100,pgd-100,pgd-cw-100",
+                    transfer="fgsm,mi-fgsm-100")
+SAT_RX_COLOUR = dict(SAT_RX, attacks="clean,fgsm,ifgsm-20,pgd-20,pgd-cw-20",
+                     transfer="fgsm,mi-fgsm-20")
+ATLAS = dict(PLAN, transfer="pgd-1000", step=0.007,
+             few={"rays-40000": (1000, 200), "aa": (0, 500)})
+# The paper prints no step for un and multi. At 0.003 their numbers come out (see results/).
+ATLAS_MNIST = dict(
+    ATLAS, step=0.01, attacks="clean,pgd-20,pgd-1000,un-50x20,multi-50x20,un-50x20@0.003",
+    few={"pgd-1000": (0, 500), "un-50x20": (0, 500), "multi-50x20": (0, 200),
+         "un-50x20@0.003": (0, 500)})
+IAAT = dict(PLAN, attacks="clean,pgd-10x5,pgd-100x5,pgd-1000x2", transfer="pgd-1000x2")
+IAAT_CIFAR10 = dict(IAAT, attacks=IAAT["attacks"] + ",deepfool-linf,corruptions",
+                    few={"deepfool-linf": (0, 500)})
+TARGETED = [f"targeted-1000:{radius}/255" for radius in (4, 8, 12, 16)]
+IAAT_IMAGENET = dict(PLAN, attacks=",".join(["clean", *TARGETED]), step=1 / 255,
+                     few=dict.fromkeys(TARGETED, (1000, 100)))
+SALIENCY = dict(PLAN, attacks="clean,fgsm,pgd-5,pgd-10,pgd-20", few={"aa": (0, 500)})
+SALIENCY_CIFAR10 = dict(SALIENCY, attacks=SALIENCY["attacks"] + ",cw-20,aa")
+DRA = dict(PLAN, step="eps/steps")
+COMMON = dict(PLAN, attacks="clean,pgd-20,pgd-cw-20,pgd-100,pgd-100x5,aa,multi-20x5,rays-40000",
+              few={"pgd-100x5": (1000, 500), "aa": (1000, 500), "multi-20x5": (1000, 200),
+                   "rays-40000": (1000, 200)})
+TABLE = dict(PLAN, attacks="clean,fgsm,pgd-20,pgd-100,aa",
+             few={"pgd-100": (1000, 1000), "aa": (1000, 1000)})
+PROTOCOLS = {  # another data set takes the columns of the one that is most like it
+    "table": {"cifar10": TABLE},
+    "common": {"cifar10": COMMON},
+    "sat_rx": {"mnist": SAT_RX_MNIST, "cifar10": SAT_RX_COLOUR, "imagenet100": SAT_RX_COLOUR},
+    "atlas": {
+        "mnist": ATLAS_MNIST,
+        "cifar10": dict(ATLAS,
+                        attacks="clean,pgd-20,pgd-1000,un-100x10,multi-20x5,rays-40000,aa"),
+        "cifar100": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,rays-40000,aa")},
+    "iaat": {"cifar10": IAAT_CIFAR10, "cifar100": IAAT, "imagenet": IAAT_IMAGENET},
+    "saliency": {"cifar10": SALIENCY_CIFAR10, "cifar100": SALIENCY},
+    "dra": {"digits": dict(DRA, attacks="clean,pgd-20:0.05,pgd-20:0.1"),
+            "mnist": dict(DRA, attacks="clean,pgd-20:0.1,pgd-20:0.3"),
+            "cifar10": dict(DRA, attacks="clean,pgd-20:2/255,pgd-20:5/255,pgd-20:8/255")}}
+MANY_CLASSES = 20  # above it no multi-targeted attack: one PGD for each wrong class
+CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+# ------------------------------------------------------------------------------------------ flags
 
 def parse(argv=None):
-    """The flags; argv as in argparse."""
+    """The flags; argv as in argparse. UsageError where they contradict each other."""
     parser = common.Parser(__doc__)
-    flag = parser.add_argument
-    flag("--ckpt", required=True, help="the checkpoint that training wrote, or a bare state_dict")
-    flag("--weights", choices=["best", "last"], default="best", help="which weights of it (%(default)s)")
-    flag("--model", help=f"of a bare state_dict: {common.BACKBONES}; also where training had a file of yours")
-    flag("--dataset", help=f"of a bare state_dict: its data set, {', '.join(common.DATASETS)} or NAME of NAME.npz")
-    flag("--normalize", choices=common.NORMALIZATIONS, default="none", help="of a bare state_dict: the layer "
-         "put before the network, which gets images in [0, 1] otherwise (%(default)s)")
-    flag("--attacks", help=f"comma-separated: {ATTACK_NAMES} ({QUICK_LOOK['attacks']})")
-    flag("--protocol", choices=list(PROTOCOLS), help="the columns of this paper's main tables, its rows beside them, "
-         "or the common protocol")
-    flag("--surrogate", metavar="CKPT", action="append", default=[], help="also attack by transfer from this network; "
-         "may be repeated")
-    flag("--transfer", help=f"the attacks made on surrogates ({QUICK_LOOK['transfer']}; with --protocol the paper's, "
-         "if it has any)")
-    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031, and dra's mean change (as "
-         "in training: of DRA its --pgd-eps and its --eps; with --protocol the data set's usual radius)")
-    flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual one in proportion to "
-         "eps, and at least 1.25 eps / steps; with a paper's --protocol its own)")
-    flag("--normalized-eps", action="store_true", help="radii and steps are in units of images divided by the data "
-         "set's deviation, as the DRA paper's seem to be")
-    flag("--p", type=common.number(0, 1), help="share of the values that dra changes (that of training, else 1/3)")
-    flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within a step of x "
-         f"({QUICK_LOOK['start']}; with a paper's --protocol its own)")
-    flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; 0: all "
-         f"({QUICK_LOOK['limit']}; with --protocol all, fewer under its slowest attacks)")
-    flag("--sanity", action="store_true", help="test whether the robustness is an artefact of masked gradients")
-    flag("--alignment", action="store_true", help="alignment and linearised robustness of the saliency paper "
-         "(eqs. 4, 6, 7)")
-    flag("--per-class", action="store_true", help="accuracy per class under every attack")
-    flag("--plots", metavar="DIR", help="write curves, loss surfaces, images and gradients as PNG files")
-    flag("--save-adv", metavar="FILE.npz", help="write every attack's images, float32 (runs all attacks anew)")
-    flag("--data-dir", default="data", help="folder that holds NAME.npz, imagenet/val, CIFAR-10-C ... (%(default)s)")
-    flag("--batch-size", type=common.count, default=250, help="images attacked at once (%(default)s)")
-    flag("--seed", type=common.natural, default=0, help="seed of the attacks (%(default)s)")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
-    flag("--precision", choices=["float32", "bfloat16"], default="float32", help="of evaluation (%(default)s)")
-    flag("--results", metavar="FILE.json", help="also write the outcomes with training command, commit, hardware, "
-         "minutes and history")
-    flag("--export", metavar="FILE.pt", help="write the weights as a float16 checkpoint and stop")
-    flag("--overwrite", action="store_true", help="replace the files of --results, --export and --save-adv, and "
-         "measure anew what is on record")
-    common.workers_flag(flag)
-    common.wandb_flag(flag)
+    network_flags(parser.add_argument_group("network").add_argument)
+    attack_flags(parser.add_argument_group("attacks").add_argument)
+    report_flags(parser.add_argument_group("what else is measured").add_argument)
+    file_flags(parser.add_argument_group("files and machines").add_argument)
     args = parser.parse_args(argv)
     if args.protocol and args.attacks:
         raise common.UsageError("--protocol names the attacks itself: give it or --attacks")
-    own = [args.ckpt, *args.surrogate, *Path(args.data_dir).glob("*.npz")]
-    own += [f"{stem_of(args.ckpt)}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
-    own, outputs = [Path(path).resolve() for path in own], []
     if args.transfer and not args.surrogate:
-        raise common.UsageError("--transfer needs --surrogate CKPT, the network to make the images on")
+        raise common.UsageError("--transfer needs --surrogate CKPT, the network to make the "
+                                "images on")
+    if args.baseline:
+        args.sanity = True
+    if args.batch_size is None:
+        args.batch_size = 100 if args.bn_mode == "train" else 250
     if args.plots:
         need("matplotlib", "--plots")
-        try:
-            Path(args.plots).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise common.UsageError(f"--plots {args.plots}: {error.strerror}")
-    for path in filter(None, (args.results, args.export, args.save_adv)):
-        if Path(path).resolve() in own + outputs:
-            raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt}, or is named twice: choose another name")
-        if not Path(path).parent.is_dir() or Path(path).is_dir():
-            raise common.UsageError(f"{path}: there is no such folder, or it is one")
-        outputs.append(Path(path).resolve())
-        if Path(path).exists() and not args.overwrite:
-            raise common.UsageError(f"{path} exists: --overwrite replaces it")
+    refuse_own_files(args)
     return args
 
 
-# --------------------------------------------------------------------------------------------------------- attacks
+def network_flags(flag):
+    flag("--ckpt", required=True, metavar="CKPT", help="a run of a training script, or anybody's "
+         "state_dict: bare, in the usual wrappers, or .safetensors. Every flag that takes a CKPT "
+         "takes CKPT=MODEL, too")
+    flag("--weights", choices=["best", "last"], default="best", help="which weights of a run "
+         "(%(default)s)")
+    flag("--model", help=f"of somebody's state_dict: {common.BACKBONES}; also where training had "
+         "a file of yours")
+    flag("--dataset", help="of somebody's state_dict: its data set, "
+         f"{', '.join(common.DATASETS)} or NAME of NAME.npz")
+    flag("--normalize", choices=common.NORMALIZATIONS, default="none", help="of somebody's "
+         "state_dict: the layer put before the network, which gets images in [0, 1] otherwise "
+         "(%(default)s)")
+    flag("--bn-mode", choices=["eval", "train"], default="eval", help="train: BatchNorm uses the "
+         "statistics of each batch; AutoAttack's images are made in eval mode and judged in train "
+         "mode (%(default)s)")
+
+
+def attack_flags(flag):
+    flag("--attacks", help=f"comma-separated: {ATTACK_NAMES} ({QUICK_LOOK['attacks']})")
+    flag("--protocol", choices=list(PROTOCOLS), help="table: clean, FGSM, PGD-20 on all images, "
+         "PGD-100 and AutoAttack on 1,000; common: the strongest attacks; a script's name: the "
+         "columns of its paper's main tables, with the paper's rows")
+    flag("--surrogate", metavar="CKPT", action="append", default=[], help="also attack by transfer "
+         "from this network; may be repeated")
+    flag("--transfer", help="the attacks made on surrogates "
+         f"({QUICK_LOOK['transfer']}; with --protocol the paper's, if it has any)")
+    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031, and "
+         "dra's mean change (as in training: of DRA its --pgd-eps and its --eps; with --protocol "
+         "the data set's usual radius)")
+    flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual "
+         "one in proportion to eps, and at least 1.25 eps / steps; with a paper's --protocol its "
+         "own)")
+    flag("--normalized-eps", action="store_true", help="radii and steps are in units of images "
+         "divided by the data set's deviation, as the DRA paper's seem to be")
+    flag("--p", type=common.number(0, 1), help="share of the values that dra changes (that of "
+         "training, else 1/3)")
+    flag("--start", choices=["ball", "step"], help="PGD starts uniformly in the eps-ball or within "
+         f"a step of x ({QUICK_LOOK['start']}; with a paper's --protocol its own)")
+    flag("--judge", choices=["any", "last"], default="any", help="a sample is broken by any step "
+         "that misclassifies it, or by the last step of a restart alone (%(default)s)")
+    flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; "
+         f"0: all ({QUICK_LOOK['limit']}; with --protocol all, fewer under its slowest attacks)")
+    flag("--seed", type=common.number(0, 2 ** 63 - 1, kind=int), default=0, help="seed of the "
+         "attacks (%(default)s)")
+
+
+def report_flags(flag):
+    flag("--sanity", action="store_true", help="the verdict: are there signs of masked gradients?")
+    flag("--baseline", metavar="CKPT", help="an undefended network on the same data, for the "
+         "verdict's test of FGSM; implies --sanity")
+    flag("--alignment", action="store_true", help="alignment and linearised robustness of the "
+         "saliency paper (eqs. 4, 6, 7)")
+    flag("--per-class", action="store_true", help="accuracy per class under every attack")
+    flag("--plots", metavar="DIR", help="write curves, loss surfaces, images and gradients as PNG "
+         "files")
+    flag("--save-adv", metavar="FILE.npz", help="write every attack's images, float32 (runs all "
+         "attacks anew)")
+    flag("--results", metavar="FILE.json", help="also write the outcomes with training command, "
+         "commit, hardware, minutes and history")
+    flag("--export", metavar="FILE.pt", help="write the weights as a float16 checkpoint and stop")
+
+
+def file_flags(flag):
+    flag("--data-dir", default="data", help="folder that holds NAME.npz, imagenet/val, CIFAR-10-C "
+         "... (%(default)s)")
+    flag("--record", metavar="FILE.json", help="where outcomes, facts of samples and transfer "
+         "images go (beside --ckpt; of a checkpoint in results/weights nothing is kept)")
+    flag("--overwrite", action="store_true", help="replace the files of --results, --export and "
+         "--save-adv, and measure anew what is on record")
+    flag("--batch-size", type=common.count, help="images attacked at once (250; with --bn-mode "
+         "train 100)")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    flag("--precision", choices=["float32", "bfloat16"], default="float32", help="of evaluation "
+         "(%(default)s)")
+    common.workers_flag(flag)
+    common.wandb_flag(flag)
+
+
+def refuse_own_files(args):
+    """UsageError where an output would replace a file of the user's, or another output."""
+    networks = [common.path_and_model(path)[0]
+                for path in (args.ckpt, args.baseline, *args.surrogate) if path]
+    own = [*networks, *Path(args.data_dir).glob("*.npz")]
+    stem = stem_of(networks[0])
+    own += [f"{stem}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
+    taken = [Path(path).resolve() for path in own]
+    for path in filter(None, (args.results, args.export, args.save_adv)):
+        if Path(path).resolve() in taken:
+            raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt}, or is named twice: "
+                                    "choose another name")
+        if not Path(path).parent.is_dir() or Path(path).is_dir():
+            raise common.UsageError(f"{path}: there is no such folder, or it is one")
+        if Path(path).exists() and not args.overwrite:
+            raise common.UsageError(f"{path} exists: --overwrite replaces it")
+        taken.append(Path(path).resolve())
+    if args.record and Path(args.record).resolve() in taken[:len(networks)]:
+        raise common.UsageError(f"--record {args.record} is a checkpoint: choose another name")
+
+
+def need(package, what):
+    """UsageError where a package is not installed: before an hour of attacks, not after it."""
+    if not importlib.util.find_spec(package):
+        raise common.UsageError(f"{what} needs {package}: pip install {package}")
+
+
+def refuse_unwritable(path, what):
+    """UsageError where a file cannot be written at `path`; nothing is left behind."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise common.UsageError(f"{what} {path}: cannot be written ({error.strerror}): --record "
+                                "FILE.json says where outcomes go")
+
+
+# ---------------------------------------------------------------------------------------- attacks
+# Each is a function (model, x, y, attack, labels) -> perturbed images. x: (N, C, H, W) in [0, 1],
+# y: (N,). labels: y, where an image is attacked no further once it is misclassified; None, where
+# all steps are taken and the last one counts.
 
 class Attack(NamedTuple):
     """An attack with its budget: eps and step in [0, 1] units, None where the attack has none."""
@@ -145,6 +241,13 @@ class Attack(NamedTuple):
     start: str | None
     seed: int
     p: float | None = None  # of DRA: the share of values that it changes
+    linf: float | None = None  # of DRA: the most by which it changes a value
+
+
+def stream_of(attack):
+    """The name of an attack's random numbers: the same however its radius or step is written."""
+    name = attack.kind if ATTACKS[attack.kind].steps is None else f"{attack.kind}-{attack.steps}"
+    return name if attack.restarts == 1 else f"{name}x{attack.restarts}"
 
 
 def run_pgd(model, x, y, a, labels, loss=common.cross_entropy):
@@ -155,9 +258,12 @@ def run_pgd(model, x, y, a, labels, loss=common.cross_entropy):
     return restarted(model, x, y, a.eps, a.step, a.steps, a.restarts, labels, start, loss=loss)
 
 
-def restarted(model, x, target, eps, step, steps, restarts, labels, start=common.uniform_start, **options):
-    """PGD from several random starts. labels: an image that a restart breaks is attacked no further; None: the last
-    restart counts."""
+def restarted(model, x, target, eps, step, steps, restarts, labels, start=common.uniform_start,
+              **options):
+    """PGD from several random starts.
+
+    labels: an image that a restart breaks is attacked no further; None: the last restart counts.
+    """
     result = x.clone()
     rows = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
@@ -166,55 +272,86 @@ def restarted(model, x, target, eps, step, steps, restarts, labels, start=common
         def drawn(x, eps):
             return starts[rows]
         wanted = None if labels is None else labels[rows]
-        result[rows] = common.pgd(model, x[rows], target[rows], eps, step, steps, drawn, labels=wanted, **options)
+        result[rows] = common.pgd(model, x[rows], target[rows], eps, step, steps, drawn,
+                                  labels=wanted, **options)
         if labels is not None and restarts > 1:
-            rows = rows[logits_of(model, result[rows]).argmax(1) == labels[rows]]
+            rows = rows[right(model, result[rows], labels[rows])]
             if not len(rows):
                 break
     return result
 
 
+def noise(model, x, y, a, labels):
+    """Uniform noise in the ball, the first of a.restarts draws that is misclassified."""
+    result = x.clone()
+    rows = torch.arange(len(x), device=x.device)
+    for _ in range(a.restarts):
+        result[rows] = common.uniform_start(x, a.eps)[rows]
+        if labels is not None:
+            rows = rows[right(model, result[rows], labels[rows])]
+    return result
+
+
 def margin_attack(model, x, y, a, labels):
-    """Un-targeted attack on the logits' margin (ATLAS appendix B; C&W's loss): the wrong class may change each step."""
+    """Un-targeted attack on the logits' margin (ATLAS appendix B; C&W's loss).
+
+    The wrong class may change at each step.
+    """
     return run_pgd(model, x, y, a, labels, loss=common.margin)
 
 
 def random_targeted(model, x, y, a, labels):
-    """PGD towards a random wrong class (IAAT, section 4.2), judged as every attack by the true one."""
-    classes = logits_of(model, x[:1]).shape[1]
+    """PGD towards a random wrong class (IAAT, section 4.2), judged as every attack by the true."""
+    classes = logits_of(model, x[:2]).shape[1]
     target = (y + torch.randint(1, classes, y.shape).to(y)) % classes
     return restarted(model, x, target, a.eps, a.step, a.steps, a.restarts, labels, targeted=True)
 
 
 def multi_targeted(model, x, y, a, labels):
     """PGD on f_i - f_y for every wrong class i in turn (Gowal et al. 2019; ATLAS appendix B)."""
-    classes, result = logits_of(model, x[:1]).shape[1], x.clone()
+    classes = logits_of(model, x[:2]).shape[1]
+    result = x.clone()
     left = torch.arange(len(x), device=x.device)
     for shift in range(1, classes):
         def toward(logits, y):
             wrong = (y + shift) % classes
             return (logits.gather(1, wrong[:, None]) - logits.gather(1, y[:, None]))[:, 0]
-        result[left] = run_pgd(model, x[left], y[left], a, y[left], loss=toward)
-        left = left[logits_of(model, result[left]).argmax(1) == y[left]]
+        if labels is None:  # the batch stays whole
+            x_adv = run_pgd(model, x, y, a, None, loss=toward)
+            result[left] = x_adv[left]
+            left = left[right(model, x_adv, y)[left]]
+        else:
+            result[left] = run_pgd(model, x[left], y[left], a, y[left], loss=toward)
+            left = left[right(model, result[left], y[left])]
         if not len(left):
             break
     return result
 
 
 def rays(model, x, y, a, labels):
-    """RayS, from predicted labels alone (Chen and Gu 2020): a.steps queries per image in search of the sign vector with
-    the shortest way to a wrong label. Blocks of signs are flipped, the whole image first, then halves, quarters, down
-    to pixels and over again; a flip that is still wrong at the present radius is kept and the radius halved in on."""
-    flat, (n, pixels) = x.flatten(1), x.flatten(1).shape
-    sign, radius = torch.ones_like(flat), torch.ones(n, device=x.device)  # at radius 1 every pixel is at 0 or at 1
-    queries, level, block = torch.zeros(n, device=x.device), 0, -1  # block -1: all signs up
-    radius[logits_of(model, x).argmax(1) != y] = 0
+    """RayS, from predicted labels alone (Chen and Gu 2020), with a.steps queries for an image.
+
+    It searches the sign vector with the shortest way to a wrong label. Blocks of signs are
+    flipped: the whole image first, then halves, quarters, down to pixels and over again. A flip
+    that is still wrong at the present radius is kept, and the radius is halved in on.
+    """
+    flat = x.flatten(1)
+    n, pixels = flat.shape
+    sign = torch.ones_like(flat)
+    radius = torch.ones(n, device=x.device)  # at radius 1 every pixel is at 0 or at 1
+    radius[~right(model, x, y)] = 0
+    queries = torch.zeros(n, device=x.device)
+    level = 0
+    block = -1  # -1: all signs up
 
     def broken(rows, signs, reach):
         queries[rows] += 1
         images = (flat[rows] + reach[:, None] * signs).clamp(0, 1).view(-1, *x.shape[1:])
-        return logits_of(model, images).argmax(1) != y[rows]
-    while len(rows := ((queries < a.steps) & (radius > a.eps)).nonzero()[:, 0]):
+        return ~right(model, images, y[rows])
+    while True:
+        rows = ((queries < a.steps) & (radius > a.eps)).nonzero()[:, 0]
+        if not len(rows):
+            break
         size = -(-pixels // 2 ** level)
         trial = sign[rows]
         if block >= 0:
@@ -222,50 +359,82 @@ def rays(model, x, y, a, labels):
         better = broken(rows, trial, radius[rows])
         rows, trial = rows[better], trial[better]
         sign[rows] = trial
-        low, high = torch.zeros_like(radius[rows]), radius[rows]
-        while len(rows) and (high - low).max() > 1e-3:
-            middle = (low + high) / 2
-            wrong = broken(rows, trial, middle)
-            low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
-        radius[rows] = high
+        radius[rows] = shortest_way(broken, rows, trial, radius[rows])
         block += 1
         if block * size >= pixels:
-            level, block = level + 1 if size > 1 else level, 0
+            level = level + 1 if size > 1 else level
+            block = 0
     return (flat + radius.clamp(max=a.eps)[:, None] * sign).clamp(0, 1).view_as(x)
 
 
+def shortest_way(broken, rows, signs, high):
+    """RayS's binary search: radii below `high`, within 0.001, that are still misclassified."""
+    low = torch.zeros_like(high)
+    while len(rows) and (high - low).max() > 1e-3:
+        middle = (low + high) / 2
+        wrong = broken(rows, signs, middle)
+        low = torch.where(wrong, low, middle)
+        high = torch.where(wrong, middle, high)
+    return high
+
+
 def autoattack(model, x, y, a, labels):
-    """AutoAttack, standard version (Croce and Hein 2020), by the published package; with few classes it takes as many
-    targets as there are, and below four it leaves out APGD-T, whose loss compares four logits."""
+    """AutoAttack (Croce and Hein 2020) by the published package: whole, or one of its parts.
+
+    aa: the standard version; aa-rand: that for randomised networks. With few classes it takes as
+    many targets as there are. Below four it leaves out APGD-T, whose loss compares four logits,
+    and below three APGD with DLR, which compares three.
+    """
     from pyautoattack import AutoAttack
-    classes = logits_of(model, x[:1]).shape[1]
-    adversary = AutoAttack(model, eps=a.eps, seed=a.seed, device=x.device)
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
-    if classes < 4:
-        adversary.attacks_to_run = ["apgd-ce", "fab-t", "square"]
+    classes = logits_of(model, x[:2]).shape[1]
+    version = "rand" if a.kind == "aa-rand" else "standard"
+    seed = a.seed % 2 ** 32  # the package hands it to numpy
+    adversary = AutoAttack(model, eps=a.eps, seed=seed, device=x.device, version=version)
+    targets = min(9, classes - 1)
+    adversary.apgd_targeted.n_target_classes = targets
+    adversary.fab.n_target_classes = targets
+    if a.kind not in ("aa", "aa-rand"):
+        adversary.attacks_to_run = [a.kind]
+    least = {"apgd-t": 4, "apgd-dlr": 3}
+    adversary.attacks_to_run = [name for name in adversary.attacks_to_run
+                                if classes >= least.get(name, 2)]
     return adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
 
 
-def minimal_l2(model, x, y, a, labels):
-    """DeepFool or C&W in L2 by foolbox: the smallest perturbation found, x itself where none is."""
+def minimal(model, x, y, a, labels):
+    """DeepFool or C&W by foolbox: the smallest perturbation that it finds, x where none fools.
+
+    deepfool-linf has a radius: what needs a larger change counts as not found (IAAT, table 3).
+    """
     from foolbox import PyTorchModel, attacks
-    attack = attacks.L2DeepFoolAttack(steps=a.steps) if a.kind == "deepfool" else \
-        attacks.L2CarliniWagnerAttack(steps=a.steps)
-    x_adv = attack(PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=None)[0]
+    classes = {"deepfool": attacks.L2DeepFoolAttack, "deepfool-linf": attacks.LinfDeepFoolAttack,
+               "cw-l2": attacks.L2CarliniWagnerAttack}
+    wrapped = PyTorchModel(model, bounds=(0, 1), device=x.device)
+    x_adv = classes[a.kind](steps=a.steps)(wrapped, x, y, epsilons=None)[0]
     model.zero_grad()  # foolbox leaves gradients behind
-    fooled = (logits_of(model, x).argmax(1) == y) & (logits_of(model, x_adv).argmax(1) != y)
-    return torch.where(fooled[:, None, None, None], x_adv, x)
+    x_adv = torch.where(x_adv.isfinite(), x_adv, x).clamp(0, 1)
+    found = right(model, x, y) & ~right(model, x_adv, y)
+    if a.eps is not None:
+        found &= (x_adv - x).abs().flatten(1).amax(1) <= a.eps
+    return torch.where(found[:, None, None, None], x_adv, x)
 
 
-def dra(model, x, y, a, labels):
-    """DRA (algorithm 1 of its paper): steps of eps / T along the gradient divided by its mean magnitude, then all but
-    the share p of values with the largest gradient is put back. eps bounds the mean change before this filter, nothing
-    bounds the largest. The measurement stays as it is where dra_finetune.py's adversary is changed."""
-    x_adv, alpha = x, common.per_image(a.eps, x) / a.steps
+def dra(model, x, y, a, labels, linf=None):
+    """DRA, algorithm 1 of its paper, with the bound on each value that training had, or None.
+
+    It takes steps of eps / T along the gradient divided by its mean magnitude. Then all but the
+    share p of values with the largest gradient is put back. eps bounds the mean change before
+    this filter. The measurement stays as it is where dra_finetune.py's adversary is changed.
+    """
+    x_adv = x
+    alpha = common.per_image(a.eps, x) / a.steps
     with common.model_mode(model, "eval"):
         for _ in range(a.steps):
             grad, _ = common.input_gradient(model, x_adv, y)
-            x_adv = x_adv + alpha * grad / grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+            mean = grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+            x_adv = x_adv + alpha * grad / mean
+            if linf is not None:
+                x_adv = x_adv.clamp(x - linf, x + linf).clamp(0, 1)
     size = grad.abs().flatten(1)
     kept = torch.zeros_like(size, dtype=torch.bool)
     kept.scatter_(1, size.topk(round(a.p * size.shape[1]), dim=1).indices, True)
@@ -274,86 +443,163 @@ def dra(model, x, y, a, labels):
 
 class Kind(NamedTuple):
     """A row of the table of attacks."""
-    run: Callable  # (model, x, y, attack, labels) -> perturbed images; labels: y, or None to take every step
-    steps: int | None = 0  # 0: the name carries a number; None: it has none; else the number it may leave out
+    run: Callable | None
+    steps: int | None = 0  # 0: the name carries a number; None: it has none; else it may leave out
     restarts: bool = False
     step: bool = False  # has a step size of its own, PGD's
     norm: str = "linf"
     package: str = "torch"
 
 
+def run_clean(model, x, y, a, labels):
+    return x
+
+
+def run_fgsm(model, x, y, a, labels):
+    return common.fgsm(model, x, y, a.eps)
+
+
+def run_ifgsm(model, x, y, a, labels):
+    return common.ifgsm(model, x, y, a.eps, a.steps, labels=labels)
+
+
+def run_mi_fgsm(model, x, y, a, labels):
+    return common.mi_fgsm(model, x, y, a.eps, a.steps, labels=labels)
+
+
+def run_dra(model, x, y, a, labels):
+    return dra(model, x, y, a, labels, a.linf)
+
+
+AUTOATTACK = Kind(autoattack, steps=None, package="pyautoattack")
 ATTACKS = {
-    "clean": Kind(lambda model, x, y, a, labels: x, steps=None, norm="none"),
-    "noise": Kind(lambda model, x, y, a, labels: restarted(model, x, y, a.eps, 0.0, 1, a.restarts, labels),
-                  steps=None, restarts=True),
-    "fgsm": Kind(lambda model, x, y, a, labels: common.fgsm(model, x, y, a.eps), steps=None),
-    "ifgsm": Kind(lambda model, x, y, a, labels: common.ifgsm(model, x, y, a.eps, a.steps, labels=labels)),
-    "mi-fgsm": Kind(lambda model, x, y, a, labels: common.mi_fgsm(model, x, y, a.eps, a.steps, labels=labels)),
+    "clean": Kind(run_clean, steps=None, norm="none"),
+    "noise": Kind(noise, steps=None, restarts=True),
+    "fgsm": Kind(run_fgsm, steps=None),
+    "ifgsm": Kind(run_ifgsm),
+    "mi-fgsm": Kind(run_mi_fgsm),
     "pgd": Kind(run_pgd, restarts=True, step=True),
     "pgd-cw": Kind(margin_attack, restarts=True, step=True),
-    "cw": Kind(margin_attack, restarts=True, step=True),
-    "un": Kind(margin_attack, restarts=True, step=True),
     "multi": Kind(multi_targeted, restarts=True, step=True),
     "targeted": Kind(random_targeted, restarts=True, step=True),
     "rays": Kind(rays),
-    "dra": Kind(dra, norm="mean"),
-    "aa": Kind(autoattack, steps=None, package="pyautoattack"),
-    "deepfool": Kind(minimal_l2, steps=50, norm="l2", package="foolbox"),
-    "cw-l2": Kind(minimal_l2, steps=1000, norm="l2", package="foolbox"),
+    "dra": Kind(run_dra, norm="mean"),
+    "aa": AUTOATTACK, "aa-rand": AUTOATTACK, "apgd-ce": AUTOATTACK, "apgd-dlr": AUTOATTACK,
+    "apgd-t": AUTOATTACK, "fab-t": AUTOATTACK, "square": AUTOATTACK,
+    "deepfool": Kind(minimal, steps=50, norm="l2", package="foolbox"),
+    "deepfool-linf": Kind(minimal, steps=50, package="foolbox"),
+    "cw-l2": Kind(minimal, steps=1000, norm="l2", package="foolbox"),
     "corruptions": Kind(None, steps=None, norm="none"),
 }
-NORMALISED = " normalised"  # ends the name of an attack whose radius is in units of normalised images
-ATTACK_NAMES = ("clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS (also un-, cw-), multi-STEPS, "
-                "targeted-STEPS, rays-QUERIES, aa, dra-STEPS, deepfool, cw-l2, corruptions; xRESTARTS may follow those "
-                "that start at random, :EPS any with a radius")
+ALIASES = {"un": "pgd-cw", "cw": "pgd-cw"}  # one attack under three names
+BLACK_BOX = ("rays", "square", "noise")  # they see no gradient
+NORMALISED = " normalised"  # ends the name of an attack whose radius is in these units
+ATTACK_NAMES = (
+    "clean, noise, fgsm, ifgsm-STEPS, mi-fgsm-STEPS, pgd-STEPS, pgd-cw-STEPS (also un-, cw-), "
+    "multi-STEPS, targeted-STEPS, rays-QUERIES, aa, aa-rand, apgd-ce, apgd-dlr, apgd-t, fab-t, "
+    "square, dra-STEPS, deepfool, deepfool-linf, cw-l2, corruptions; xRESTARTS may follow those "
+    "that start at random, :EPS any with a radius, @STEP those of PGD")
+GRAMMAR = (r"(?:-(?P<steps>[1-9]\d*))?(?:x(?P<restarts>[1-9]\d*))?"
+           r"(?:(?::(?P<eps>[^:@]+))?(?:@(?P<step>[^:@]+))?|@(?P<first>[^:@]+):(?P<then>[^:@]+))")
 
 
-def parse_attacks(text, facts, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0, mean_eps=None):
-    """The attacks of a comma-separated list, each once; UsageError for a name that is none. facts: the data set's.
+def parse_attacks(text, facts, eps, step=None, start="ball", seed=0, p=1 / 3, scale=1.0,
+                  mean_eps=None, asked_step=None, linf=None):
+    """The attacks of a comma-separated list, each once; UsageError for a name that is none.
 
-    IFGSM and MI-FGSM step by eps / steps. PGD's default step is the data set's usual one (0.01 at eps 0.3 on MNIST,
-    2/255 at 8/255 on CIFAR) in proportion to eps, and at least 1.25 eps / steps so that few steps can leave the start;
-    step: a number, or "eps/steps". start: "ball" or "step", of PGD with cross-entropy and of pgd-cw alone. p: of DRA,
-    mean_eps: its eps, where it is not that of the others. scale: what radii and steps are multiplied by; other than 1,
-    the attack's name says so.
+    facts: the data set's. step: PGD's default step, a number, "eps/steps", or None for the usual
+    one. asked_step: the user's step, which the name then shows where it is another than the
+    default. start: "ball" or "step". p, mean_eps, linf: of DRA: its share of values, its eps where
+    it is not that of the others, its bound or None. scale: what radii and steps are multiplied by;
+    other than 1, the attack's name says so.
     """
-    attacks, dataset = [], facts["name"]
-    for name in dict.fromkeys(word.strip() for word in text.split(",") if text):
-        matches = (re.fullmatch(rf"({kind})(?:-([1-9]\d*))?(?:x([1-9]\d*))?(?::(.+))?", name) for kind in ATTACKS)
-        kind, steps, restarts, radius = next(filter(None, matches), re.match("()()()()", "")).groups()
-        spec = ATTACKS.get(kind)
-        if not spec or bool(steps) > (spec.steps is not None) or (spec.steps == 0 and not steps) or \
-                (restarts and not spec.restarts) or (radius and spec.norm not in ("linf", "mean")):
-            raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}")
-        need(spec.package, name)
-        if kind == "multi" and facts["classes"] > 20:
-            raise common.UsageError(f"{name}: one attack for each of {facts['classes'] - 1} wrong classes is out of "
-                                    "reach, un-STEPSxRESTARTS follows the strongest of them")
-        if kind == "corruptions" and dataset not in CORRUPTED:
-            raise common.UsageError(f"corruptions: there is no corrupted copy of {dataset}")
-        steps = int(steps) if steps else spec.steps
-        try:
-            usual = dict(linf=eps, mean=mean_eps or eps).get(spec.norm)
-            own = common.unit(radius) if radius else usual
-        except Exception as error:
-            raise common.UsageError(f"{name}: {error}")
-        if spec.step:
-            size = own / steps if step == "eps/steps" else \
-                min(step, own) if step else max(facts["step"] * own / facts["eps"], 1.25 * own / steps)
-        else:
-            size = own / steps if kind in ("ifgsm", "mi-fgsm") else None
-        if scale != 1 and own:
-            name, own, size = name + NORMALISED, scale * own, scale * size if size else None
-        attacks.append(Attack(name, kind, own, size, steps, int(restarts or 1), (
-            start if kind in ("pgd", "pgd-cw") else "ball") if spec.restarts else None, seed,
-            p if kind == "dra" else None))
-    return attacks
+    attacks = {}
+    for word in text.split(",") if text else ():
+        attack = parse_attack(word.strip(), facts, eps, step, mean_eps, asked_step)
+        attack = attack._replace(seed=seed)
+        if ATTACKS[attack.kind].restarts:
+            attack = attack._replace(start=start if attack.kind in ("pgd", "pgd-cw") else "ball")
+        if attack.kind == "dra":
+            attack = attack._replace(p=p, linf=linf)
+        if scale != 1 and attack.eps:
+            size = None if attack.step is None else scale * attack.step
+            attack = attack._replace(name=attack.name + NORMALISED, eps=scale * attack.eps,
+                                     step=size)
+        attacks.setdefault(attack._replace(name=""), attack)  # the same under another name: once
+    return list(attacks.values())
 
 
-def need(package, what):
-    """UsageError where a package is not installed: before an hour of attacks, not after it."""
-    if not importlib.util.find_spec(package):
-        raise common.UsageError(f"{what} needs {package}: pip install {package}")
+def parse_attack(name, facts, eps, step, mean_eps, asked_step):
+    """One Attack by name, with its radius, steps and step size."""
+    kind, steps, restarts, radius, size = named_parts(name)
+    spec = ATTACKS[kind]
+    need(spec.package, name)
+    refuse_senseless(name, kind, facts)
+    steps = int(steps) if steps else spec.steps
+    try:
+        usual = dict(linf=eps, mean=mean_eps or eps).get(spec.norm)
+        own = common.unit(radius) if radius else usual
+        size = common.unit(size) if size else asked_step
+    except Exception as error:
+        raise common.UsageError(f"{name}: {error}")
+    if spec.step:
+        default = default_step(own, steps, step, facts)
+        size = default if size is None else min(size, own)
+        if abs(size - default) > 1e-9 and "@" not in name:
+            name = f"{name}@{common.shown(size)}"
+        elif abs(size - default) <= 1e-9:
+            name = re.sub("@[^:]*", "", name)
+    else:
+        size = own / steps if kind in ("ifgsm", "mi-fgsm") else None
+    return Attack(name, kind, own, size, steps, int(restarts or 1), None, 0)
+
+
+def named_parts(name):
+    """(kind, steps, restarts, eps, step) of an attack's name, texts or None; else UsageError."""
+    kinds = {kind: kind for kind in ATTACKS} | ALIASES
+    found = ((kind, re.fullmatch(re.escape(kind) + GRAMMAR, name)) for kind in kinds)
+    matches = [(kinds[kind], match) for kind, match in found if match]
+    if matches:
+        kind, match = matches[0]
+        spec = ATTACKS[kind]
+        steps = match["steps"]
+        restarts = match["restarts"]
+        radius = match["eps"] or match["then"]
+        size = match["step"] or match["first"]
+        wrong = [
+            steps and spec.steps is None, not steps and spec.steps == 0,
+            restarts and not spec.restarts, radius and spec.norm not in ("linf", "mean"),
+            size and not spec.step]
+        if not any(wrong):
+            return kind, steps, restarts, radius, size
+    raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}")
+
+
+def refuse_senseless(name, kind, facts):
+    """UsageError for an attack that this data set has no use for."""
+    if kind == "multi" and facts["classes"] > MANY_CLASSES:
+        raise common.UsageError(f"{name}: one attack for each of {facts['classes'] - 1} wrong "
+                                "classes is out of reach, un-STEPSxRESTARTS follows the strongest "
+                                "of them")
+    if kind == "corruptions" and facts["name"] not in CORRUPTED:
+        raise common.UsageError(f"corruptions: there is no corrupted copy of {facts['name']}")
+    least = {"apgd-t": 4, "apgd-dlr": 3}.get(kind, 2)
+    if facts["classes"] < least:
+        raise common.UsageError(f"{name} needs {least} classes, {facts['name']} has "
+                                f"{facts['classes']}")
+
+
+def default_step(eps, steps, step, facts):
+    """PGD's step size where none is asked for.
+
+    The data set's usual one (0.01 at eps 0.3 on MNIST, 2/255 at 8/255 on CIFAR) is taken in
+    proportion to eps, and at least 1.25 eps / steps, so that few steps can leave the start.
+    """
+    if step == "eps/steps":
+        return eps / steps
+    if step:
+        return min(step, eps)
+    return max(facts["step"] * eps / facts["eps"], 1.25 * eps / steps)
 
 
 @torch.no_grad()
@@ -361,39 +607,258 @@ def logits_of(model, x):
     return model(x)
 
 
+def right(model, x, y):
+    """Which images the model classifies as y, bool (N,)."""
+    if not len(x):  # networks need not take an empty batch
+        return torch.zeros(0, dtype=torch.bool, device=x.device)
+    return logits_of(model, x).argmax(1) == y
+
+
+# -------------------------------------------------------------------------- networks under attack
+
+class FiniteGradient(torch.autograd.Function):
+    """The identity. A gradient that is not finite becomes zero on its way back, and is counted."""
+
+    @staticmethod
+    def forward(ctx, x, counts):
+        ctx.counts = counts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        finite = grad.isfinite()
+        ctx.counts["gradients"] += len(grad)
+        ctx.counts["broken"] += (~finite.flatten(1).all(1)).sum().item()
+        return torch.where(finite, grad, torch.zeros_like(grad)), None
+
+
+class Guarded(torch.nn.Module):
+    """A network whose gradients with respect to the image are finite, as every attack sees it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.counts = dict(gradients=0, broken=0)
+
+    def forward(self, x):
+        if x.requires_grad:
+            x = FiniteGradient.apply(x, self.counts)
+        return self.model(x)
+
+    def share(self):
+        """The share of gradients since the last time that were not finite somewhere."""
+        share = self.counts["broken"] / max(1, self.counts["gradients"])
+        self.counts.update(gradients=0, broken=0)
+        return share
+
+
+class BatchStatistics(torch.nn.Module):
+    """A network whose BatchNorm uses each batch's statistics in any mode; its buffers stay."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        kind = torch.nn.modules.batchnorm._BatchNorm
+        self.layers = [module for module in model.modules() if isinstance(module, kind)]
+        if not self.layers:
+            raise common.UsageError("--bn-mode train: the network has no BatchNorm")
+
+    def forward(self, x):
+        before = [(layer.training, layer.track_running_stats) for layer in self.layers]
+        for layer in self.layers:
+            layer.training = True
+            layer.track_running_stats = False
+        try:
+            return self.model(x)
+        finally:
+            for layer, (training, tracks) in zip(self.layers, before):
+                layer.training = training
+                layer.track_running_stats = tracks
+
+
+class Nature(NamedTuple):
+    """What the probe found: are the logits a function of the image alone?"""
+    randomised: bool = False
+    batch_dependent: bool = False
+    accuracy: float = 1.0
+    n: int = 0
+    classes: int = 2
+
+    @property
+    def at_chance(self):
+        return wilson(self.accuracy, self.n)[0] <= 1 / self.classes
+
+    def words(self):
+        names = dict(randomised=self.randomised, batch_dependent=self.batch_dependent)
+        return [name.replace("_", "-") for name, found in names.items() if found]
+
+
+def probe(model, test, classes, name, precision="float32"):
+    """The Nature of a network, in eval mode, on the images of a Split.
+
+    UsageError where it cannot be attacked: its logits are not finite, or not (N, classes), or do
+    not depend differentiably on the image.
+    """
+    x, y, _ = next(common.eval_batches(test, 100))
+    with common.model_mode(model, "eval"), common.autocast(x.device, precision):
+        try:
+            logits = logits_of(model, x)
+        except Exception as error:  # a network of the user's own may raise anything
+            raise refused(name, f"fails on a batch of {len(x)} images", error)
+        if logits.shape != (len(x), classes):
+            raise common.UsageError(f"{name}: gives {tuple(logits.shape)} for {len(x)} images, it "
+                                    f"must be ({len(x)}, {classes})")
+        if not logits.isfinite().all():
+            bad = (~logits.isfinite().all(1)).sum()
+            raise common.UsageError(f"{name}: its logits are not finite on {bad} of {len(x)} "
+                                    "clean images: it cannot be judged")
+        refuse_without_gradient(model, x, name)
+        low = precision == "bfloat16" or next(iter(model.state_dict().values()),
+                                              x).dtype in (torch.float16, torch.bfloat16)
+        passes = [logits_of(model, x) for _ in range(3)]
+        randomised = any(differ(logits, other, 1e-5) for other in passes)
+        dependent = not randomised and depends_on_batch(model, x, logits, 0.05 if low else 1e-3)
+        n = len(test.labels)
+        correct = common.correct(model, test).float().mean().item()
+    return Nature(randomised, dependent, correct, n, classes)
+
+
+def refused(name, what, error):
+    """The UsageError for a network that raised one of its own."""
+    reason = (str(error).splitlines() or [""])[0]
+    return common.UsageError(f"{name}: {what} ({type(error).__name__}: {reason})")
+
+
+def refuse_without_gradient(model, x, name):
+    """UsageError where logits do not depend differentiably on the image."""
+    x = x.detach().clone().requires_grad_(True)
+    message = f"{name}: its logits do not depend differentiably on the image"
+    try:
+        with torch.enable_grad():
+            logits = model(x)
+            if not logits.requires_grad:
+                raise common.UsageError(f"{message} (no_grad, or a detached tensor?)")
+            grad, = torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    except common.UsageError:
+        raise
+    except Exception as error:
+        raise refused(name, "has no gradient with respect to the image", error)
+    if grad is None:
+        raise common.UsageError(f"{message} (a detached tensor?)")
+
+
+def differ(a, b, tolerance):
+    """Whether two tensors of logits differ by more than a share of the largest of them."""
+    return bool((a - b).abs().max() > tolerance * a.abs().max().clamp(min=1e-30))
+
+
+def depends_on_batch(model, x, logits, tolerance):
+    """Whether an image has other logits alone, or in another order, than it has in its batch."""
+    rows = torch.arange(0, len(x), max(1, len(x) // 5), device=x.device)
+    try:
+        alone = torch.cat([logits_of(model, x[row:row + 1]) for row in rows])
+    except Exception:  # BatchNorm1d cannot normalise one image
+        return True
+    turned = logits_of(model, x.flip(0)).flip(0)
+    return differ(logits[rows], alone, tolerance) or differ(logits, turned, tolerance)
+
+
+def advice(model, test, nature):
+    """One line where a network is no better than chance, with the normalisation that would help."""
+    normalize = model.normalize
+    found = {}
+    for other in common.NORMALIZATIONS:
+        model.normalize = other
+        found[other] = common.accuracy(model, test)
+    model.normalize = normalize
+    best = max(found, key=found.get)
+    line = (f"clean accuracy is {100 * nature.accuracy:.1f} % of {nature.n} images, no better than "
+            "chance")
+    if found[best] > nature.accuracy + 0.1:
+        return f"{line}: --normalize {best} gives {100 * found[best]:.1f} %"
+    return f"{line}: other weights, another --normalize or other classes?"
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+def wilson(share, n, z=1.96):
+    """(low, high): the 95 % interval of a share of n independent trials (Wilson 1927)."""
+    if not n:
+        return 0.0, 1.0
+    middle = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
+    half = z / (1 + z ** 2 / n) * (share * (1 - share) / n + z ** 2 / (4 * n ** 2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def load_test(facts, data_dir, limit, device, workers=0):
-    """The test split, or a fixed random `limit` of it (the first test images of MNIST are easier than the rest); a
-    smaller limit is a subset of a larger one."""
+    """The test split, or a fixed random `limit` of it; a smaller limit is a subset of a larger.
+
+    The first test images of MNIST are easier than the rest.
+    """
     whole = common.load_split(facts, data_dir, "test", device, workers)
     return whole.take(common.subset(len(whole.labels), limit or None))
 
 
-def evaluate(model, test, attack, batch_size, precision="float32", images=None, stop=True, facts=None, save=None,
-             keep=None):
-    """Attack every image of a Split; float32 (N, 4): correct (0, 1), linf and l2 of the perturbation in [0, 1] units,
-    cross-entropy. A row of NaN is not attacked yet.
+def batch_without_leftover(n, batch_size):
+    """The largest batch size up to `batch_size` that leaves no single image of n at the end."""
+    while batch_size > 2 and n % batch_size == 1:
+        batch_size -= 1
+    return batch_size
 
-    images: perturbed images made elsewhere (transfer), (restarts, N, C, H, W), instead of attacking. stop: broken
-    samples are not attacked further. facts: what an interrupted run left, to go on with; save(facts) is called every
-    half minute. keep: array (N, C, H, W) for the finished images. Random starts depend on seed, attack and batch alone.
-    Predictions are read from the finished images, after a check that they lie in [0, 1] and in the ball.
+
+def perturbed(model, x, y, attack, stop):
+    """The images of an attack on one batch. stop: broken images are attacked no further.
+
+    Otherwise no image is dropped: each restart's last step is judged in the whole batch, and the
+    first restart that breaks an image counts for it.
     """
-    facts = np.full((len(test.labels), 4), np.nan, np.float32) if facts is None else facts
+    run = ATTACKS[attack.kind].run
+    if stop:
+        return run(model, x, y, attack, y)
+    result = None
+    for _ in range(attack.restarts):
+        x_adv = run(model, x, y, attack._replace(restarts=1), None)
+        wrong = ~right(model, x_adv, y)
+        if result is None:
+            result = x_adv.clone()
+            broken = wrong
+        else:
+            result[wrong & ~broken] = x_adv[wrong & ~broken]
+            broken |= wrong
+    return result
+
+
+def evaluate(model, test, attack, batch_size, precision="float32", images=None, stop=True,
+             facts=None, save=None, keep=None):
+    """Attack every image of a Split; returns float32 (N, 5), a row of NaN is not attacked yet.
+
+    Columns: correct (0, 1), linf and l2 of the perturbation in [0, 1] units, cross-entropy, and
+    the share of the batch's gradients that were not finite.
+
+    images: perturbed images made elsewhere (transfer), (restarts, N, C, H, W), instead of an
+    attack. stop: broken samples are attacked no further. facts: what an interrupted run left, to
+    go on with. save(facts) is called every half minute. keep: array (N, C, H, W) for the finished
+    images. Random starts depend on seed, attack and batch alone. Predictions are read from the
+    finished images, a whole batch at once, after a check that they lie in [0, 1] and in the ball.
+    """
+    if facts is None:
+        facts = np.full((len(test.labels), 5), np.nan, np.float32)
+    guarded = Guarded(attacked_network(model, attack))
     saved = time.monotonic()
     with common.model_mode(model, "eval"), common.autocast(test.labels.device, precision):
-        for batch, (x, y, rows) in enumerate(common.eval_batches(test, batch_size, attack.name)):
+        batches = common.eval_batches(test, batch_size, attack.name)
+        for batch, (x, y, rows) in enumerate(batches):
             rows = rows.cpu()
             if not np.isnan(facts[rows]).any():
                 continue
-            common.seed_stream(attack.seed, attack.name, step=batch)
+            common.seed_stream(attack.seed, stream_of(attack), step=batch)
             if images is None:
-                x_adv = ATTACKS[attack.kind].run(model, x, y, attack, y if stop else None)
+                x_adv = perturbed(guarded, x, y, attack, stop)
             else:
-                x_adv = images[0, rows].to(x)
-                for other in images[1:]:  # what a restart broke stays broken
-                    held = logits_of(model, x_adv).argmax(1) == y
-                    x_adv[held] = other[rows].to(x)[held]
-            facts[rows] = judge(model, x, y, x_adv, attack).cpu()
+                x_adv = first_that_fools(model, images[:, rows], x, y)
+            found = judge(model, x, y, x_adv, attack)
+            broken = torch.full((len(x), 1), guarded.share(), device=x.device)
+            facts[rows] = torch.cat([found, broken], 1).cpu()
             if keep is not None:
                 keep[rows] = x_adv.cpu()
             if save and time.monotonic() - saved > 30:
@@ -402,16 +867,41 @@ def evaluate(model, test, attack, batch_size, precision="float32", images=None, 
     return facts
 
 
+def attacked_network(model, attack):
+    """The network on which images are made: AutoAttack's in eval mode, also of --bn-mode train."""
+    of_package = ATTACKS[attack.kind].package == "pyautoattack"
+    return model.model if of_package and isinstance(model, BatchStatistics) else model
+
+
+def first_that_fools(model, images, x, y):
+    """Of several restarts' images, (restarts, N, C, H, W): for each sample the first that fools."""
+    x_adv = images[0].to(x)
+    for other in images[1:]:  # what a restart broke stays broken
+        held = right(model, x_adv, y)
+        x_adv[held] = other.to(x)[held]
+    return x_adv
+
+
 def judge(model, x, y, x_adv, attack):
-    """The rows of `evaluate` for a batch; AssertionError where an attack left [0, 1] or its ball."""
+    """The first four columns of `evaluate` for a batch.
+
+    AssertionError where an attack left [0, 1] or its ball, UsageError where logits are not finite.
+    """
     delta = (x_adv - x).flatten(1)
-    linf, l2 = delta.abs().amax(1), delta.norm(dim=1)
+    linf = delta.abs().amax(1)
+    l2 = delta.norm(dim=1)
     if not (x_adv.amin() >= 0 and x_adv.amax() <= 1):
         raise AssertionError(f"{attack.name} left [0, 1]")
-    if ATTACKS[attack.kind].norm in ("linf", "none") and not linf.max() <= (attack.eps or 0) + 1e-6:
+    bounded = ATTACKS[attack.kind].norm in ("linf", "none")
+    if bounded and not linf.max() <= (attack.eps or 0) + 1e-6:
         raise AssertionError(f"{attack.name} left its ball: {linf.max()} is above {attack.eps}")
     logits = logits_of(model, x_adv)
-    return torch.stack([(logits.argmax(1) == y).float(), linf, l2, common.cross_entropy(logits, y)], 1)
+    bad = (~logits.isfinite().all(1)).sum().item()
+    if bad:
+        raise common.UsageError(f"{attack.name}: the network's logits are not finite on {bad} of "
+                                f"{len(x)} images: it cannot be judged")
+    correct = (logits.argmax(1) == y).float()
+    return torch.stack([correct, linf, l2, common.cross_entropy(logits, y)], 1)
 
 
 def load_array(path, mode=None):
@@ -422,29 +912,47 @@ def load_array(path, mode=None):
         raise common.UsageError(f"{path} is damaged ({type(error).__name__}): remove it")
 
 
-def transfer_images(path, identity, surrogate, test, attack, batch_size):
-    """A surrogate's adversarial images for a Split, (restarts, N, C, H, W) float32 on the CPU, judged by no one: all
-    steps are taken. They depend on the surrogate alone, so they are made once and kept beside its checkpoint under its
-    and the images' identity; what an interruption left in NAME.part.npy is not made again."""
-    key = fingerprint(dict(attack._asdict(), **identity, batch_size=batch_size))
-    kept = Path(path).with_suffix(f".{attack.name.replace('/', '_')}-{key}.npy")
+def transfer_images(place, identity, surrogate, test, attack, batch_size):
+    """A surrogate's adversarial images for a Split, (restarts, N, C, H, W) float32 on the CPU.
+
+    They are judged by no one: all steps are taken. They depend on the surrogate alone, so they are
+    made once and kept at `place`, a path without its ending, under its and the images' identity.
+    What an interruption left in NAME.part.npy is not made again. place None: nothing is kept.
+    """
+    shape = (attack.restarts, *test.images.shape)
+    if place is None:
+        images = np.full(shape, np.nan, np.float32)
+        make_images(images, place, surrogate, test, attack, batch_size)
+        return torch.from_numpy(images)
+    budget = {name: value for name, value in attack._asdict().items() if name != "name"}
+    key = fingerprint(dict(budget, **identity, batch_size=batch_size))
+    kept = Path(f"{place}.{attack.name.replace('/', '_')}-{key}.npy")
     part = kept.with_suffix(".part.npy")
     if not kept.exists():
         if not part.exists():
-            todo = np.full((attack.restarts, *test.images.shape), np.nan, np.float32)
+            todo = np.full(shape, np.nan, np.float32)
             common.write_beside(part, lambda file: np.save(file, todo))
         images = load_array(part, "r+")
-        for restart in range(attack.restarts):
-            for batch, (x, y, rows) in enumerate(common.eval_batches(test, batch_size, f"{attack.name} on {path}")):
-                rows = rows.cpu().numpy()
-                if np.isnan(images[restart, rows]).any():
-                    common.seed_stream(attack.seed, attack.name, restart, batch)
-                    once = attack._replace(restarts=1)
-                    images[restart, rows] = ATTACKS[attack.kind].run(surrogate, x, y, once, None).cpu()
-                    images.flush()
+        make_images(images, place, surrogate, test, attack, batch_size)
         common.write_beside(kept, lambda file: np.save(file, images))
         part.unlink(missing_ok=True)
     return torch.from_numpy(load_array(kept))
+
+
+def make_images(images, place, surrogate, test, attack, batch_size):
+    """Fill the rows of `images`, (restarts, N, C, H, W), that are NaN."""
+    guarded = Guarded(surrogate)
+    once = attack._replace(restarts=1)
+    for restart in range(attack.restarts):
+        batches = common.eval_batches(test, batch_size, f"{attack.name} on {place}")
+        for batch, (x, y, rows) in enumerate(batches):
+            rows = rows.cpu().numpy()
+            if np.isnan(images[restart, rows]).any():
+                common.seed_stream(attack.seed, stream_of(attack), restart, batch)
+                made = ATTACKS[attack.kind].run(guarded, x, y, once, None)
+                images[restart, rows] = made.cpu()
+                if isinstance(images, np.memmap):
+                    images.flush()
 
 
 CORRUPTED = {"cifar10": ("CIFAR-10-C", "https://zenodo.org/records/2535967"),
@@ -452,119 +960,245 @@ CORRUPTED = {"cifar10": ("CIFAR-10-C", "https://zenodo.org/records/2535967"),
 
 
 def corruption_paths(dataset, data_dir):
-    """The files TYPE.npy of the corrupted test images; UsageError with their address where they are not at hand."""
+    """The files TYPE.npy of the corrupted test images, or UsageError with their address."""
     name, address = CORRUPTED[dataset]
     folder = Path(data_dir) / name
     paths = sorted(path for path in folder.glob("*.npy") if path.stem != "labels")
     if not paths:
-        raise common.UsageError(f"{folder} holds no TYPE.npy: unpack the archive from {address} there")
+        raise common.UsageError(f"{folder} holds no TYPE.npy: unpack the archive from {address} "
+                                "there")
     return paths
 
 
 def corruptions(model, paths, test, batch_size):
-    """{type: accuracy over its five severities} of Hendrycks and Dietterich's corrupted images (2019), at the test
-    images of a Split; paths: of `corruption_paths`."""
+    """{type: accuracy over its five severities} of Hendrycks and Dietterich's images (2019).
+
+    They are those at the test images of a Split. paths: of `corruption_paths`.
+    """
     table = {}
+    rows = test.index.cpu().numpy()
     for path in paths:
         try:
             arrays = np.load(path, mmap_mode="r")  # (severities * images, H, W, C)
         except Exception as error:
-            raise common.UsageError(f"{path} cannot be read ({type(error).__name__}): unpack it anew")
-        whole, rows, right = len(arrays) // 5, test.index.cpu().numpy(), []
+            raise common.UsageError(f"{path} cannot be read ({type(error).__name__}): unpack it "
+                                    "anew")
+        whole = len(arrays) // 5
+        shares = []
         for severity in range(5):
-            images = torch.from_numpy(arrays[severity * whole + rows].transpose(0, 3, 1, 2).copy()).to(test.images)
-            right.append(common.accuracy(model, test._replace(images=images), batch_size))
-        table[path.stem] = float(np.mean(right))
+            chosen = arrays[severity * whole + rows].transpose(0, 3, 1, 2).copy()
+            images = torch.from_numpy(chosen).to(test.images)
+            shares.append(common.accuracy(model, test._replace(images=images), batch_size))
+        table[path.stem] = float(np.mean(shares))
     return table
 
 
-# -------------------------------------------------------------------------------------------------------- measures
+# ------------------------------------------------------------------------------------ the verdict
 
-RADII, STEPS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3), (1, 2, 5, 10, 20, 50, 100, 200)
+# Signs of masked gradients. Points of accuracy are shares. Measured on named networks: see
+# tests/test_verdict.py and results/.
+RADII = (0.25, 0.5, 0.75, 1, 1.5, 2, 3)  # multiples of eps
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200)
+RISE = 0.15  # FGSM accuracy may rise by so much between two radii up to eps
+FALL = 0.5  # the mean loss along the gradient's sign may fall to this share of its highest
+DEAD = 0.05  # so many images may hold under PGD without a gradient to follow
+FAR_ABOVE = 0.2  # of the baseline's FGSM accuracy
+NOTHING = 0.05  # PGD leaves nothing: at most so much
 
 
-def curves(model, test, facts, eps, batch_size, seed):
-    """Accuracy and mean loss of FGSM and PGD-40 as eps grows (SAT-Rx figs. 5, 8, 9), accuracy of PGD as its steps do
-    (fig. 7), without stopping at the first success; accuracy under random noise."""
-    def run(name, radius):
+class Finding(NamedTuple):
+    """A line of the verdict. passed: True, False, or None where it was not tested."""
+    sign: str
+    passed: bool | None
+    text: str
+
+
+def curve_of(model, test, facts, name, radii, batch_size, seed):
+    """[(accuracy, mean loss)] of an attack by name at each radius, by its last step."""
+    points = []
+    for radius in radii:
         attack, = parse_attacks(name, facts, radius, seed=seed)
         found = evaluate(model, test, attack, batch_size, stop=attack.kind == "noise")
-        return found[:, [0, 3]].mean(0).tolist()
+        points.append(tuple(found[:, [0, 3]].mean(0).tolist()))
+    return points
+
+
+def curves(model, test, facts, eps, batch_size, seed, whole=False):
+    """What the verdict looks at; whole: and what the figures show.
+
+    Accuracy and mean loss of FGSM as eps grows (SAT-Rx figs. 5, 8, 9), of PGD-40 at eps and at 1,
+    of noise at eps. whole: of PGD-40 at every radius, and accuracy as PGD's steps grow (fig. 7).
+    """
     radii = sorted({min(1.0, factor * eps) for factor in RADII} | {1.0})
-    table = {name: [run("clean", eps), *(run(name, radius) for radius in radii)] for name in ("fgsm", "pgd-40")}
-    return dict(table, radii=[0, *radii], at_eps=1 + radii.index(min(1.0, eps)), noise=run("noisex100", eps)[0],
-                steps=[run(f"pgd-{steps}", eps)[0] for steps in STEPS], n=len(test.labels))
+    here = radii.index(min(1.0, eps))
+
+    def curve(name, radii):
+        return curve_of(model, test, facts, name, radii, batch_size, seed)
+    clean, = curve("clean", [eps])
+    table = dict(radii=[0, *radii], at_eps=1 + here, n=len(test.labels))
+    table["fgsm"] = [clean, *curve("fgsm", radii)]
+    if whole:
+        table["pgd-40"] = [clean, *curve("pgd-40", radii)]
+        table["steps"] = [curve(f"pgd-{steps}", [eps])[0][0] for steps in STEPS]
+        table["pgd"] = table["pgd-40"][1 + here]
+        table["pgd_at_1"] = table["pgd-40"][-1]
+    else:
+        table["pgd"], = curve("pgd-40", [eps])
+        table["pgd_at_1"], = curve("pgd-40", [1.0])
+    table["noise"] = curve("noisex100", [eps])[0][0]
+    return table
 
 
-def dead_gradients(model, test, batch_size):
-    """The share of images whose input gradient of the cross-entropy is zero or not finite: attacks are blind there."""
-    dead = 0
+def dead_flags(model, test, batch_size):
+    """Which images have a cross-entropy whose gradient is zero or not finite, bool (N,)."""
+    dead = []
     with common.model_mode(model, "eval"):
         for x, y, _ in common.eval_batches(test, batch_size):
             size = common.input_gradient(model, x, y)[0].abs().sum((1, 2, 3))
-            dead += ((size == 0) | ~size.isfinite()).sum().item()
-    return dead / len(test.labels)
+            dead.append((size == 0) | ~size.isfinite())
+    return torch.cat(dead).cpu().numpy()
 
 
-def sanity(curve, dead, classes, eps, outcomes):
-    """[(passed, finding)]: the tests of Carlini et al. (2019) and of SAT-Rx, sections 4.2 and 5.4 to 5.5."""
-    fgsm, pgd = ([accuracy for accuracy, _ in curve[name]] for name in ("fgsm", "pgd-40"))
-    here, percent = curve["at_eps"], lambda values: ", ".join(f"{100 * value:.1f}" for value in values)
-    gap, rises = fgsm[here] - pgd[here], [max(np.diff(series), default=0) for series in (fgsm, pgd)]
-    falls = [min(np.diff([loss for _, loss in curve[name][:here + 1]])) for name in ("fgsm", "pgd-40")]
-    tests = [
-        (gap > -0.02, f"iterative beats single-step: FGSM {percent([fgsm[here]])}, PGD-40 {percent([pgd[here]])} %"),
-        (gap < 0.2, f"FGSM finds most of what PGD finds: {100 * gap:.1f} points between them"),
-        (max(rises) < 0.02, f"accuracy never rises with eps: FGSM {percent(fgsm)}, PGD-40 {percent(pgd)} %"),
-        (min(falls) > -0.1, f"nor does the loss fall up to eps: by at most {-min(0, *falls):.2f} for FGSM or PGD-40"),
-        (pgd[-1] <= 1 / classes, f"at eps 1 no more than chance is left: {percent(pgd[-1:])} % under PGD-40"),
-        (curve["steps"][-2] - curve["steps"][-1] < 0.02, f"more steps saturate: PGD-{', '.join(map(str, STEPS))}: "
-         f"{percent(curve['steps'])} %"),
-        (dead < 0.01, f"gradients live: {100 * dead:.2f} % of them are zero or not finite"),
-        (curve["noise"] >= pgd[here], f"random noise is weaker: {percent([curve['noise']])} % in 100 tries")]
-    outcomes = [o for o in outcomes if o["eps"] == eps]
-    white = [o for o in outcomes if "surrogate_sha256" not in o and o["kind"] not in ("rays", "noise", "dra")]
+def dead_gradients(model, test, batch_size):
+    """The share of images whose gradient is zero or not finite: attacks are blind there."""
+    return float(dead_flags(model, test, batch_size).mean())
+
+
+def held_without_gradient(model, test, facts, eps, batch_size, seed):
+    """The share of images that have a dead gradient and hold under PGD-40: perhaps unattacked.
+
+    A sure network has dead gradients, too; from a random start PGD breaks it all the same.
+    """
+    attack, = parse_attacks("pgd-40", facts, eps, seed=seed)
+    held = evaluate(model, test, attack, batch_size)[:, 0] == 1
+    return float((dead_flags(model, test, batch_size) & held).mean())
+
+
+def percent(*shares):
+    return ", ".join(f"{100 * share:.1f}" for share in shares)
+
+
+def sanity(curve, unattacked, nature, eps, outcomes, baseline=None):
+    """The findings: signs of masked gradients (Carlini et al. 2019; SAT-Rx 4.2, 5.4 and 5.5).
+
+    curve: of `curves`. unattacked: of `held_without_gradient`. outcomes: what was measured, with
+    attack, kind, eps, n and accuracy. baseline: the FGSM accuracy at eps of an undefended network,
+    or None. A mere gap between FGSM and PGD is no sign: undefended networks have one.
+    """
+    here = curve["at_eps"]
+    accuracies = [accuracy for accuracy, _ in curve["fgsm"][:here + 1]]
+    losses = [loss for _, loss in curve["fgsm"][:here + 1]]
+    rise = max(later - min(accuracies[:i + 1]) for i, later in enumerate(accuracies))
+    fallen = min(later / max(max(losses[:i + 1]), 1e-12) for i, later in enumerate(losses))
+    pgd = curve["pgd"][0]
+    chance = 1 / nature.classes
+    findings = [
+        Finding("FGSM accuracy rises with eps", rise < RISE,
+                f"{percent(*accuracies)} % at 0 to eps"),
+        Finding("loss falls along the gradient's sign", fallen > FALL,
+                f"{', '.join(f'{loss:.2f}' for loss in losses)} at 0 to eps"),
+        Finding("dead gradients", unattacked < DEAD, f"{percent(unattacked)} % of images have no "
+                "gradient and hold under PGD-40"),
+        Finding("noise beats PGD", noise_is_weaker(curve), f"{percent(curve['noise'])} % in 100 "
+                f"tries, PGD-40 {percent(pgd)} %"),
+        Finding("PGD fails at eps 1", wilson(curve["pgd_at_1"][0], curve["n"])[0] <= chance,
+                f"{percent(curve['pgd_at_1'][0])} % are left, chance is {percent(chance)} %"),
+        Finding("randomised", not nature.randomised, "the same image twice"),
+        Finding("batch-dependent", not nature.batch_dependent, "an image alone and in a batch"),
+        Finding("clean accuracy at chance", not nature.at_chance, f"{percent(nature.accuracy)} % "
+                f"of {nature.n} images")]
+    findings += black_box_findings([outcome for outcome in outcomes if outcome["eps"] == eps])
+    return findings + [baseline_finding(accuracies[-1], pgd, baseline, curve["n"])]
+
+
+def noise_is_weaker(curve):
+    """Whether PGD-40 leaves no more than noise does, chance set aside."""
+    low, _ = wilson(curve["pgd"][0], curve["n"])
+    return low <= curve["noise"]
+
+
+def baseline_finding(fgsm, pgd, baseline, n):
+    """FGSM accuracy far above an undefended network's, where PGD leaves nothing."""
+    sign = "FGSM far above the baseline's"
+    if baseline is None:
+        return Finding(sign, None, "not tested: --baseline CKPT, an undefended network")
+    masked = wilson(pgd, n)[0] <= NOTHING and wilson(fgsm, n)[0] > baseline + FAR_ABOVE
+    return Finding(sign, not masked, f"{percent(fgsm)} %, the baseline's {percent(baseline)} %, "
+                   f"PGD-40 {percent(pgd)} %")
+
+
+def black_box_findings(outcomes):
+    """Attacks without the network's gradient must not beat those with it."""
+    blind = [o for o in outcomes if "surrogate_sha256" in o or o["kind"] in BLACK_BOX]
+    white = [o for o in outcomes if o not in blind and o["kind"] not in ("clean", "dra")]
     strongest = min(white, key=lambda o: o["accuracy"], default=None)
+    findings = []
+    for outcome in blind if white else ():
+        if outcome.get("surrogate_at_chance"):
+            findings.append(Finding("black-box beats white-box", None, f"{outcome['attack']}: not "
+                                    "evidence, the surrogate is no better than chance"))
+            continue
+        low, _ = wilson(strongest["accuracy"], strongest["n"])
+        _, high = wilson(outcome["accuracy"], outcome["n"])
+        findings.append(Finding(
+            "black-box beats white-box", low <= high, f"{strongest['attack']} "
+            f"{percent(strongest['accuracy'])} %, {outcome['attack']} "
+            f"{percent(outcome['accuracy'])} %"))
+    return findings
 
-    def weaker(one, other):  # by more than chance allows on the smaller number of images
-        return one["accuracy"] > other["accuracy"] + max(0.02, 1 / min(one["n"], other["n"]) ** 0.5)
-    for outcome in (o for o in outcomes if "surrogate_sha256" in o and white):
-        one = next((o for o in white if o["attack"] == outcome["attack"].split("@")[0]), strongest)
-        tests.append((not weaker(one, outcome), "white-box beats black-box: "
-                      f"{one['attack']} {percent([one['accuracy']])}, {outcome['attack']} "
-                      f"{percent([outcome['accuracy']])} %"))
-    for outcome in (o for o in outcomes if o["kind"] == "rays" and white):
-        tests.append((not weaker(strongest, outcome), "gradients beat labels alone: "
-                      f"{strongest['attack']} {percent([strongest['accuracy']])} %, {outcome['attack']} "
-                      f"{percent([outcome['accuracy']])} %"))
-    tests += [(False, f"AutoAttack: {note}") for outcome in outcomes for note in outcome.get("warnings", [])]
-    return tests
 
+def verdict(findings, nature):
+    """One line: sound, or what speaks against the numbers."""
+    failed = list(dict.fromkeys(finding.sign for finding in findings if finding.passed is False))
+    tested = sum(finding.passed is not None for finding in findings)
+    if not failed:
+        return f"verdict: sound, no sign of masked gradients in {tested} tests"
+    if failed == ["clean accuracy at chance"]:
+        return "verdict: nothing to attack, clean accuracy is at chance"
+    masked = [sign for sign in failed if sign not in ("randomised", "batch-dependent")]
+    word = "masked gradients" if masked else "not a function of the image alone"
+    return f"verdict: {word}: {'; '.join(failed)}"
+
+
+# -------------------------------------------------------------------------------------- alignment
 
 def alignment(model, test, batch_size):
-    """float32 (N, 3): alignment, binarised alignment and linearised robustness of the saliency paper (eqs. 4, 7, 6),
-    in units of the L2 norm of an image in [0, 1]; of a standardised image where the model standardises each: its logits
-    ignore an image's scale, and no gradient with respect to the image itself has a part along it."""
-    rows, outside = [], model.normalize != "image"
+    """float32 (N, 3): alignment, binarised alignment and linearised robustness (eqs. 4, 7, 6).
+
+    Of the saliency paper, in units of the L2 norm of an image in [0, 1]. Where the model
+    standardises each image, of a standardised image: its logits ignore an image's scale, and no
+    gradient with respect to the image itself has a part along it.
+    """
+    rows = []
+    outside = model.normalize != "image"
     for x, _, _ in common.eval_batches(test, batch_size, "alignment"):
         x = x if outside else model.normalized(x)
         with common.model_mode(model, "eval"):
             logits = model(x.requires_grad_(True), normalize=outside)
-            jacobian = torch.stack([torch.autograd.grad(z.sum(), x, retain_graph=True)[0].flatten(1)
-                                    for z in logits.unbind(1)], 1)  # (N, classes, pixels)
-        x, logits, each = x.detach().flatten(1), logits.detach(), torch.arange(len(x), device=x.device)
-        top = logits.argmax(1)
-        saliency, difference = jacobian[each, top], jacobian[each, top][:, None] - jacobian
-        distance = (logits[each, top][:, None] - logits) / difference.norm(dim=2).clamp(min=1e-12)
-        distance[each, top] = np.inf
-        robustness, second = distance.min(1)
-        nearest = difference[each, second]
-        alpha, binarised = ((x * g).sum(1).abs() / g.norm(dim=1).clamp(min=1e-12) for g in (saliency, nearest))
-        rows.append(torch.stack([alpha, binarised, robustness], 1).cpu())
+            jacobian = torch.stack([  # (N, classes, pixels)
+                torch.autograd.grad(z.sum(), x, retain_graph=True)[0].flatten(1)
+                for z in logits.unbind(1)], 1)
+        rows.append(alignment_of(x.detach().flatten(1), logits.detach(), jacobian).cpu())
     return torch.cat(rows).numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------- plots
+def alignment_of(x, logits, jacobian):
+    """The rows of `alignment` from flat images (N, pixels), logits and their Jacobian."""
+    each = torch.arange(len(x), device=x.device)
+    top = logits.argmax(1)
+    saliency = jacobian[each, top]
+    difference = saliency[:, None] - jacobian
+    gap = logits[each, top][:, None] - logits
+    distance = gap / difference.norm(dim=2).clamp(min=1e-12)
+    distance[each, top] = np.inf
+    robustness, second = distance.min(1)
+    nearest = difference[each, second]
+    alpha, binarised = [(x * g).sum(1).abs() / g.norm(dim=1).clamp(min=1e-12)
+                        for g in (saliency, nearest)]
+    return torch.stack([alpha, binarised, robustness], 1)
+
+
+# ------------------------------------------------------------------------------------------ plots
 
 class Scene(NamedTuple):
     """What the figures show."""
@@ -584,186 +1218,252 @@ def plots(directory, scene):
     import matplotlib.pyplot as plt
     paths = []
     for draw in (draw_curves, draw_surface, draw_images, draw_dra, draw_training, draw_eps):
-        if figure := draw(plt, scene):
+        figure = draw(plt, scene)
+        if figure:
             paths.append(Path(directory) / f"{draw.__name__[5:]}.png")
-            common.write_beside(paths[-1], lambda file: figure.savefig(file, dpi=130, format="png"))
+            common.write_beside(paths[-1],
+                                lambda file: figure.savefig(file, dpi=130, format="png"))
             plt.close(figure)
     return paths
 
 
 def draw_curves(plt, scene):
-    """Accuracy against PGD's steps and against eps, loss against eps (SAT-Rx figs. 5, 7, 8, 9; IAAT fig. 4)."""
+    """Accuracy against PGD's steps and eps, loss against eps (SAT-Rx figs. 5, 7 to 9; IAAT 4)."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     left.semilogx(STEPS, [100 * value for value in scene.curve["steps"]], "o-")
     left.set(xlabel=f"steps of PGD, eps {scene.eps:.3g}", ylabel="accuracy (%)", ylim=(0, 100))
     for name, style in (("fgsm", "s--"), ("pgd-40", "o-")):
         accuracy, loss = zip(*scene.curve[name])
-        middle.plot(scene.curve["radii"], [100 * value for value in accuracy], style, label=name.upper())
+        middle.plot(scene.curve["radii"], [100 * value for value in accuracy], style,
+                    label=name.upper())
         right.plot(scene.curve["radii"], loss, style, label=name.upper())
     middle.axvline(scene.eps, color="grey", linewidth=0.8)
     middle.set(xlabel="eps (images in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="log")
-    middle.legend(), right.legend()
+    middle.legend()
+    right.legend()
     flags = scene.checkpoint["args"]
-    method = next((f" {flags[name]}" for name in ("method", "loss", "strategy") if name in flags), "")
-    who = "{script}{method}, {model} on {dataset}".format(method=method, **scene.checkpoint)
+    methods = [f" {flags[name]}" for name in ("method", "loss", "strategy") if name in flags]
+    who = "{script}{method}, {model} on {dataset}".format(method="".join(methods[:1]),
+                                                          **scene.checkpoint)
     figure.suptitle(f"{who}, {scene.curve['n']} images", fontsize=10)
     return figure
 
 
 def draw_surface(plt, scene):
-    """Loss around three images, along the gradient's sign and a random sign (SAT-Rx figs. 3, 4, 10)."""
+    """Loss around three images, along the gradient's sign and a random sign (SAT-Rx 3, 4, 10)."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     common.seed_stream(scene.seed, "surface")
-    model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 3))
-    grid = torch.linspace(-2 * eps, 2 * eps, 41, device=x.device)
-    ticks = grid.cpu().numpy()
-    with common.model_mode(model, "eval"):
-        along = common.input_gradient(model, x, y)[0].sign()
+    x, y, _ = next(common.eval_batches(scene.test, 3))
+    grid = torch.linspace(-2 * scene.eps, 2 * scene.eps, 41, device=x.device)
+    with common.model_mode(scene.model, "eval"):
+        along = common.input_gradient(scene.model, x, y)[0].sign()
         across = torch.randn_like(x).sign()
-        for ax, image, label, first, second in zip(axes, x, y, along, across):
-            moved = image + grid[:, None, None, None, None] * second + grid[:, None, None, None] * first
-            labels = label.expand(len(grid))
-            loss = torch.stack([common.cross_entropy(logits_of(model, row.clamp(0, 1)), labels) for row in moved])
-            shown = ax.contourf(ticks, ticks, loss.cpu().numpy(), 30, cmap="viridis")
-            ax.set(xlabel="along the gradient's sign", ylabel="along a random sign", title=f"class {label}")
-            ax.plot([-eps, 0, eps, 0, -eps], [0, eps, 0, -eps, 0], "w--", linewidth=0.8)  # the eps-ball in this plane
-            figure.colorbar(shown, ax=ax, label="cross-entropy")
+        for row, ax in enumerate(axes[:len(x)]):
+            plane = grid[:, None, None, None, None] * across[row]
+            moved = x[row] + plane + grid[:, None, None, None] * along[row]
+            labels = y[row].expand(len(grid))
+            loss = [common.cross_entropy(logits_of(scene.model, line.clamp(0, 1)), labels)
+                    for line in moved]
+            draw_plane(figure, ax, grid, torch.stack(loss), scene.eps)
+            ax.set_title(f"class {y[row]}")
     return figure
+
+
+def draw_plane(figure, ax, grid, loss, eps):
+    """Filled contours of a loss (across, along), and the eps-ball in this plane."""
+    ticks = grid.cpu().numpy()
+    shown = ax.contourf(ticks, ticks, loss.cpu().numpy(), 30, cmap="viridis")
+    ax.set(xlabel="along the gradient's sign", ylabel="along a random sign")
+    ax.plot([-eps, 0, eps, 0, -eps], [0, eps, 0, -eps, 0], "w--", linewidth=0.8)
+    figure.colorbar(shown, ax=ax, label="cross-entropy")
 
 
 def show(ax, image):
     """An image (C, H, W) in [0, 1], grey or coloured, without ticks."""
-    ax.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    pixels = image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy()
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
 
 
+def true_logit(logits, y):
+    """The true class's logit, (N,): its gradient is the saliency."""
+    return logits.gather(1, y[:, None])[:, 0]
+
+
 def draw_images(plt, scene):
-    """Clean and PGD-40 images, their difference, and the saliency, the gradient of the true class's logit (after figs.
-    4 and 6 of the saliency paper and fig. 3 of DRA's)."""
-    model, eps, (x, y, _) = scene.model, scene.eps, next(common.eval_batches(scene.test, 8))
-    attack, = parse_attacks("pgd-40", common.checkpoint_facts(scene.checkpoint), eps)
+    """Clean and PGD-40 images, their difference, and the saliency.
+
+    After figs. 4 and 6 of the saliency paper and fig. 3 of DRA's.
+    """
+    model = scene.model
+    x, y, _ = next(common.eval_batches(scene.test, 8))
+    facts = common.checkpoint_facts(scene.checkpoint)
+    attack, = parse_attacks("pgd-40", facts, scene.eps)
     common.seed_stream(scene.seed, "images")
     with common.model_mode(model, "eval"):
         x_adv = run_pgd(model, x, y, attack, y)
-        gradient = common.input_gradient(model, x, y, loss=lambda logits, y: logits.gather(1, y[:, None]))[0]
-        names = [logits_of(model, images).argmax(1).tolist() for images in (x, x_adv)]
+        gradient, _ = common.input_gradient(model, x, y, loss=true_logit)
+        names = {"clean": logits_of(model, x).argmax(1).tolist(),
+                 "adversarial": logits_of(model, x_adv).argmax(1).tolist()}
     size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
-    rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * eps),
+    rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * scene.eps),
                 saliency=0.5 + gradient / (2 * size))
-    figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained",
+                                squeeze=False)
     for line, (row, images) in zip(axes, rows.items()):
         for column, (ax, image) in enumerate(zip(line, images)):
             show(ax, image)
-            if row in ("clean", "adversarial"):
-                ax.set_title(f"{names[row != 'clean'][column]} (true {y[column]})", fontsize=8)
+            if row in names:
+                ax.set_title(f"{names[row][column]} (true {y[column]})", fontsize=8)
         line[0].set_ylabel(row)
     return figure
 
 
 def draw_dra(plt, scene):
-    """Success of DRA-5 against the share p of values that it changes, at an eighth and a quarter of the data set's
-    usual eps: 1/255 and 2/255 on CIFAR (fig. 4)."""
+    """Success of DRA-5 against the share p of values that it changes (fig. 4).
+
+    At an eighth and a quarter of the data set's usual eps: 1/255 and 2/255 on CIFAR.
+    """
     figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     shares = [0, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1]
     facts = common.checkpoint_facts(scene.checkpoint)
     for eps in (facts["eps"] / 8, facts["eps"] / 4):
         attacks = [parse_attacks("dra-5", facts, eps, p=p)[0] for p in shares]
-        right = [evaluate(scene.model, scene.test, attack, 250)[:, 0].mean() for attack in attacks]
-        ax.plot(shares, [100 * (1 - value) for value in right], "o-", label=f"DRA-5, eps {255 * eps:.3g}/255")
+        correct = [evaluate(scene.model, scene.test, attack, 250)[:, 0].mean()
+                   for attack in attacks]
+        ax.plot(shares, [100 * (1 - value) for value in correct], "o-",
+                label=f"DRA-5, eps {255 * eps:.3g}/255")
     ax.set(xlabel="share p of the values changed", ylabel="misclassified (%)", ylim=(0, 100))
     ax.legend()
     return figure
 
 
 def draw_training(plt, scene):
-    """The history's training terms and validation accuracies by epoch; None where there is no history."""
+    """Training terms and validation accuracies by epoch; None where there is no history."""
     history = scene.checkpoint["history"]
     if not history:
         return None
+    epochs = [row["epoch"] for row in history]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for ax, prefix, label in zip(axes, ("train/", "val/"), ("training terms", "validation accuracy (%)")):
-        for name in (name for name in history[-1] if name.startswith(prefix)):
+    labels = {"train/": "training terms", "val/": "validation accuracy (%)"}
+    for ax, (prefix, label) in zip(axes, labels.items()):
+        for name in history[-1]:
             values = [row.get(name, np.nan) for row in history]
-            if prefix == "train/" or max(values) <= 1 and "jacobian" not in name:
-                scale = 1 if prefix == "train/" else 100
-                ax.plot([row["epoch"] for row in history], [scale * v for v in values], label=name[len(prefix):])
+            is_accuracy = max(values) <= 1 and "jacobian" not in name
+            if name.startswith(prefix) and (prefix == "train/" or is_accuracy):
+                scale = 100 if prefix == "val/" else 1
+                ax.plot(epochs, [scale * value for value in values], label=name[len(prefix):])
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize=8) if ax.lines else ax.set_axis_off()
+        if ax.lines:
+            ax.legend(fontsize=8)
+        else:
+            ax.set_axis_off()
     return figure
 
 
 def draw_eps(plt, scene):
-    """IAAT: histograms of the images' eps as training goes, its mean and three images' over epochs, and the training
-    images of the lowest and highest eps after the last, clean and under PGD-40 at 16/255, or at the eps of evaluation
-    where it is larger (IAAT figs. 2, 5, 7, 8)."""
-    state, history = scene.checkpoint.get("method_state") or {}, scene.checkpoint["history"]
+    """IAAT's eps (figs. 2, 5, 7, 8); None where the checkpoint has no memory of them.
+
+    Histograms of the images' eps as training goes, its mean and three images' over epochs, and the
+    training images of the lowest and highest eps, clean and under PGD-40 at 16/255, or at the eps
+    of evaluation where it is larger.
+    """
+    state = scene.checkpoint.get("method_state") or {}
     if not state.get("snapshots"):
         return None
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
-    (left, right), panels = above.subplots(1, 2), below.subplots(4, 10)
+    left, right = above.subplots(1, 2)
+    panels = below.subplots(4, 10)
     own = scene.checkpoint["args"]
     facts = common.checkpoint_facts(scene.checkpoint)
-    train, _ = common.load_train(facts, scene.data_dir, own["val"], own["limit"], scene.test.labels.device)
+    train, _ = common.load_train(facts, scene.data_dir, own["val"], own["limit"],
+                                 scene.test.labels.device)
     used = train.index.cpu()
 
     def eps_of(memory):  # what was used of it, of 255
         return 255 * memory.cpu()[used].clamp(min=own["eps_min"])
     memory = eps_of(state["memory"])
-    low, high = memory.min().item(), memory.max().item()
-    edges = np.linspace(low, max(high, low + 1), 40)
+    low = memory.min().item()
+    edges = np.linspace(low, max(memory.max().item(), low + 1), 40)
     for epoch in list(state["snapshots"])[1::2]:
-        left.hist(eps_of(state["snapshots"][epoch]).numpy(), edges, histtype="step", label=f"epoch {epoch}")
-    for name in (name for name in history[-1] if name == "eps/mean" or name.startswith("eps/image")):
-        right.plot([row["epoch"] for row in history], [row[name] for row in history], label=name[4:].replace("_", " "))
+        left.hist(eps_of(state["snapshots"][epoch]).numpy(), edges, histtype="step",
+                  label=f"epoch {epoch}")
     left.set(xlabel="eps (of 255)", ylabel="training images")
-    right.set(xlabel="epoch", ylabel="eps (of 255)")
-    left.legend(fontsize=7), right.legend(fontsize=7)
+    left.legend(fontsize=7)
+    draw_eps_over_epochs(right, scene.checkpoint["history"])
     draw_extremes(panels, scene, train, memory)
     return figure
 
 
+def draw_eps_over_epochs(ax, history):
+    """The mean eps, and that of three images."""
+    for name in history[-1]:
+        if name == "eps/mean" or name.startswith("eps/image"):
+            ax.plot([row["epoch"] for row in history], [row[name] for row in history],
+                    label=name[4:].replace("_", " "))
+    ax.set(xlabel="epoch", ylabel="eps (of 255)")
+    ax.legend(fontsize=7)
+
+
 def draw_extremes(panels, scene, train, memory):
-    """The ten training images of the lowest and of the highest eps, clean and attacked; memory: eps of 255, (N,)."""
+    """The ten training images of the lowest and of the highest eps, clean and attacked.
+
+    memory: eps of 255, (N,).
+    """
     order = memory.argsort()
-    attack, = parse_attacks("pgd-40", common.checkpoint_facts(scene.checkpoint), max(16 / 255, scene.eps))
+    facts = common.checkpoint_facts(scene.checkpoint)
+    attack, = parse_attacks("pgd-40", facts, max(16 / 255, scene.eps))
     common.seed_stream(scene.seed, "eps")
     for line, (name, rows) in enumerate({"lowest": order[:10], "highest": order[-10:]}.items()):
-        x, y = next(common.read(train, [rows])), train.labels[rows]
+        x = next(common.read(train, [rows]))
+        y = train.labels[rows]
         with common.model_mode(scene.model, "eval"):
             x_adv = run_pgd(scene.model, x, y, attack, None)
             wrong = logits_of(scene.model, x_adv).argmax(1)
+        above, below = panels[2 * line], panels[2 * line + 1]
         for column in range(len(rows)):
-            for row, image in enumerate((x[column], x_adv[column])):
-                ax = panels[2 * line + row, column]
-                show(ax, image)
-                ax.set_title(f"as {wrong[column]}" if row else f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
-                if not column:
-                    ax.set_ylabel(f"PGD {attack.eps:.2g}" if row else f"{name} eps", fontsize=8)
+            show(above[column], x[column])
+            above[column].set_title(f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
+            show(below[column], x_adv[column])
+            below[column].set_title(f"as {wrong[column]}", fontsize=8)
+        above[0].set_ylabel(f"{name} eps", fontsize=8)
+        below[0].set_ylabel(f"PGD {attack.eps:.2g}", fontsize=8)
 
 
-# ---------------------------------------------------------------------------------------------------------- record
+# ------------------------------------------------------------------------------------- the record
 
 def weights_sha256(state_dict):
-    """sha256 over names and values: the identity of a network in everything that is measured of it."""
+    """sha256 over names and values: the identity of a network in all that is measured of it."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
-        digest.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+        value = state_dict[name]
+        if torch.is_tensor(value):
+            flat = value.detach().cpu().contiguous().flatten()
+            content = flat.view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
+        else:
+            content = repr(value).encode()  # what get_extra_state keeps
+        digest.update(name.encode() + content)
     return digest.hexdigest()
 
 
 def images_sha256(test):
     """sha256 over the images of a Split, or their files' names and classes, and its labels."""
-    images = test.images.cpu().numpy().tobytes() if torch.is_tensor(test.images) else b"\n".join(
-        b"/".join(path.split(os.fsencode(os.sep))[-2:]) for path in test.images.paths)
+    if torch.is_tensor(test.images):
+        images = test.images.cpu().numpy().tobytes()
+    else:
+        separator = os.fsencode(os.sep)
+        names = (b"/".join(path.split(separator)[-2:]) for path in test.images.paths)
+        images = b"\n".join(names)
     return hashlib.sha256(images + test.labels.cpu().numpy().tobytes()).hexdigest()
 
 
 def fingerprint(settings):
     """16 hex digits that stand for a dictionary of plain values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_json(path, value):
@@ -776,193 +1476,439 @@ def stem_of(path):
     return str(path).removesuffix(".pt")
 
 
-class Record:
-    """run.eval.json and run.eval.npz: outcomes and per-sample facts (see `evaluate`) of a checkpoint's present networks
-    alone. An attack that was interrupted has facts, and seconds, but no outcome."""
+def is_committed(path):
+    """Whether a checkpoint is one of results/weights, where nothing is written unasked."""
+    weights = Path(__file__).resolve().parent / "results" / "weights"
+    return weights in Path(path).resolve().parents
 
-    def __init__(self, path, shas):
-        self.json_path, self.npz_path = (Path(f"{stem_of(path)}.eval.{end}") for end in ("json", "npz"))
-        self.path, self.shas, self.stamp = Path(path), list(shas), Path(path).stat().st_mtime_ns
+
+def record_stem(args):
+    """Where the record goes, without the ending; None: nowhere."""
+    if args.record:
+        return str(args.record).removesuffix(".json")
+    path, _ = common.path_and_model(args.ckpt)
+    return None if is_committed(path) else f"{stem_of(path)}.eval"
+
+
+class Record:
+    """Outcomes and facts of samples (see `evaluate`) of a checkpoint's present networks alone.
+
+    They are in STEM.json and STEM.npz. An attack that was interrupted has facts, and seconds, but
+    no outcome. stem None: they are in memory only.
+    """
+
+    def __init__(self, path, shas, stem):
+        self.kept = stem is not None
+        self.json_path = Path(f"{stem}.json")
+        self.npz_path = Path(f"{stem}.npz")
+        self.path = Path(path)
+        self.shas = list(shas)
+        self.stamp = self.path.stat().st_mtime_ns
+        self.outcomes = []
+        self.facts = {}
         self.read()
 
     def read(self):
-        """What is on disk of these networks; another evaluation of the same checkpoint may have added to it. Where the
-        checkpoint has been replaced since, what is there of the new networks stays, too."""
-        self.outcomes, self.facts = [], {}
+        """What is on disk of these networks; another evaluation may have added to it.
+
+        Where the checkpoint has been replaced since, what is there of the new networks stays, too.
+        """
+        if not self.kept:
+            return
+        self.outcomes = []
+        self.facts = {}
         replaced = not self.path.exists() or self.path.stat().st_mtime_ns != self.stamp
         marks = [sha[:8] for sha in self.shas]
         try:
             if self.json_path.exists():
-                self.outcomes = [o for o in json.loads(self.json_path.read_text()) if "key" in o and (
-                    replaced or o["weights_sha256"] in self.shas)]
+                stored = [o for o in json.loads(self.json_path.read_text()) if "key" in o]
+                self.outcomes = [o for o in stored
+                                 if replaced or o["weights_sha256"] in self.shas]
             if self.npz_path.exists():
                 with np.load(self.npz_path) as arrays:
-                    self.facts = {k: arrays[k] for k in arrays.files if replaced or k.split("-")[0] in marks}
+                    self.facts = {name: arrays[name] for name in arrays.files
+                                  if replaced or name.split("-")[0] in marks}
         except Exception as error:
-            raise common.UsageError(f"{self.json_path} or its .npz is damaged ({type(error).__name__}): remove both")
+            raise common.UsageError(f"{self.json_path} or its .npz is damaged "
+                                    f"({type(error).__name__}): remove both")
 
     def key(self, settings):
-        """Begins with the weights' mark, by which `read` knows whose facts they are."""
-        return f"{settings['weights_sha256'][:8]}-{fingerprint(settings)}"
+        """Begins with the weights' mark; the same for an attack under each of its names."""
+        budget = {name: value for name, value in settings.items() if name != "attack"}
+        return f"{settings['weights_sha256'][:8]}-{fingerprint(budget)}"
 
     def find(self, settings):
         """(outcome or None, facts or None, seconds spent, warnings so far) of these settings."""
         key = self.key(settings)
-        outcome, facts = next((o for o in self.outcomes if o["key"] == key), None), self.facts.get(key)
+        outcome = next((o for o in self.outcomes if o["key"] == key), None)
+        facts = self.facts.get(key)
         complete = facts is not None and not np.isnan(facts).any()
-        seconds, warnings = float(self.facts.get(f"{key}-seconds", 0)), self.facts.get(f"{key}-warnings", ())
-        return outcome if complete else None, facts, seconds, [str(text) for text in warnings]
+        if outcome:
+            outcome = dict(outcome, attack=settings["attack"])
+        seconds = float(self.facts.get(f"{key}-seconds", 0))
+        warnings = [str(text) for text in self.facts.get(f"{key}-warnings", ())]
+        return outcome if complete else None, facts, seconds, warnings
 
     def save(self, settings, facts, seconds, warnings, measured=None):
-        """Keep an attack's facts so far, or with `measured` its outcome, replacing that of the same settings."""
-        key = self.key(settings)
+        """Keep an attack's facts so far, or with `measured` its outcome, replacing an older one."""
+        if not self.kept:
+            return self.add(settings, facts, seconds, warnings, measured)
         with open(self.npz_path.with_suffix(".lock"), "w") as lock:
             if common.fcntl:
                 common.fcntl.flock(lock, common.fcntl.LOCK_EX)
             self.read()
-            self.facts |= {key: facts, f"{key}-seconds": np.float64(seconds)}
-            self.facts[f"{key}-warnings"] = np.array(warnings, str)
-            common.write_beside(self.npz_path, lambda file: np.savez_compressed(file, **self.facts))
-            outcome = [dict(settings, **measured, warnings=warnings, key=key)] if measured else []
-            self.outcomes = [o for o in self.outcomes if o["key"] != key] + outcome
+            outcome = self.add(settings, facts, seconds, warnings, measured)
+            common.write_beside(self.npz_path,
+                                lambda file: np.savez_compressed(file, **self.facts))
             write_json(self.json_path, self.outcomes)
-            return outcome[0] if outcome else None
+        return outcome
+
+    def add(self, settings, facts, seconds, warnings, measured):
+        """As `save`, in memory; returns the outcome or None."""
+        key = self.key(settings)
+        self.facts[key] = facts
+        self.facts[f"{key}-seconds"] = np.float64(seconds)
+        self.facts[f"{key}-warnings"] = np.array(warnings, str)
+        outcome = dict(settings, **measured, warnings=warnings, key=key) if measured else None
+        self.outcomes = [o for o in self.outcomes if o["key"] != key]
+        if outcome:
+            self.outcomes.append(outcome)
+        return outcome
 
 
 def results(checkpoint, outcomes, device):
     """The content of results/NAME.json: the outcomes, and how the network came to be."""
     history = checkpoint["history"]
-    return dict(script=checkpoint["script"], model=checkpoint["model"], dataset=checkpoint["dataset"],
-                args=checkpoint["args"], best_epoch=checkpoint["best"]["epoch"], training=checkpoint["provenance"],
-                training_minutes=round(sum(row["seconds"] for row in history) / 60, 1),
-                evaluation=common.provenance(device), outcomes=outcomes, history=history)
+    minutes = sum(row["seconds"] for row in history) / 60
+    return dict(script=checkpoint["script"], model=checkpoint["model"],
+                dataset=checkpoint["dataset"], args=checkpoint["args"],
+                best_epoch=checkpoint["best"]["epoch"], training=checkpoint["provenance"],
+                training_minutes=round(minutes, 1), evaluation=common.provenance(device),
+                outcomes=outcomes, history=history)
 
 
 def export(path, checkpoint, weights):
-    """A float16 checkpoint of one set of weights, under `best`; evaluate.py reads it like any other."""
-    half = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint[weights]["state_dict"].items()}
+    """A float16 checkpoint of one set of weights, under `best`; it is read like any other."""
+    state = checkpoint[weights]["state_dict"]
+    half = {name: value.half() if value.is_floating_point() else value
+            for name, value in state.items()}
     best = dict(checkpoint[weights], metric=checkpoint[weights].get("metric"), state_dict=half)
-    common.write_beside(path, lambda file: torch.save(dict(checkpoint, best=best, last=None, method_state=None), file))
+    saved = dict(checkpoint, best=best, last=None, method_state=None)
+    common.write_beside(path, lambda file: torch.save(saved, file))
 
+
+# ---------------------------------------------------------------------------------------- opening
 
 def open_checkpoint(args, device):
-    """(Classifier, checkpoint dictionary) of a run's file or of somebody else's bare state_dict."""
-    content = common.load_file(args.ckpt)
-    if isinstance(content, dict) and "format" not in content:  # the usual wrappers of a state_dict
-        content = next((content[key] for key in ("state_dict", "model_state_dict") if key in content), content)
-    if not (isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values())):
-        model, checkpoint = common.load_model(args.ckpt, args.weights, device, architecture=args.model)
-        if args.model and ".py:" not in checkpoint["model"] and args.model != checkpoint["model"]:
-            raise common.UsageError(f"{args.ckpt}: its network is {checkpoint['model']}, not {args.model}")
-        if args.dataset not in (None, checkpoint["dataset"]):
-            raise common.UsageError(f"{args.ckpt}: was trained on {checkpoint['dataset']}, not on {args.dataset}")
-        return model, checkpoint
-    if not (args.model and args.dataset):
-        raise common.UsageError(f"{args.ckpt} is a bare state_dict: --model and --dataset say what it belongs to")
-    if args.weights == "last":
-        raise common.UsageError(f"{args.ckpt} is a bare state_dict: it holds no last weights")
-    facts = common.dataset_facts(args.dataset, args.data_dir)
-    model = common.build_model(args.model, facts, args.normalize, device).eval()
-    common.load_weights(model, content, args.ckpt)
-    return model, dict(format=common.FORMAT, script="state_dict", model=args.model, dataset=args.dataset,
-                       num_classes=facts["classes"], input_shape=facts["shape"], mean=facts["mean"], std=facts["std"],
-                       normalize=args.normalize, args=dict(eps=facts["eps"]), provenance=None, history=[],
-                       best=dict(epoch=None, state_dict=model.net.state_dict()), last=None)
+    """(Classifier, checkpoint dictionary) of a run's file or of somebody else's weights."""
+    facts = common.dataset_facts(args.dataset, args.data_dir) if args.dataset else None
+    model, checkpoint = common.load_model(args.ckpt, args.weights, device, foreign_facts=facts,
+                                          architecture=args.model, normalize=args.normalize)
+    own_code = ".py:" in checkpoint["model"]
+    if args.model and not own_code and args.model != checkpoint["model"] and "=" not in args.ckpt:
+        raise common.UsageError(f"{args.ckpt}: its network is {checkpoint['model']}, not "
+                                f"{args.model}")
+    if args.dataset not in (None, checkpoint["dataset"]):
+        raise common.UsageError(f"{args.ckpt}: was trained on {checkpoint['dataset']}, not on "
+                                f"{args.dataset}")
+    return model, checkpoint
 
 
 def trained_eps(checkpoint, normalized):
-    """(the L-infinity radius that training aimed at, of DRA PGD's, the eps of its DRA or None): in [0, 1] units, or in
-    those of normalised images where --normalized-eps asks for it."""
-    args, scale = checkpoint["args"], common.pixel_scale(common.checkpoint_facts(checkpoint))
-    factor = scale ** (bool(args.get("normalized_eps")) - bool(normalized))
-    return factor * args.get("pgd_eps", args["eps"]), factor * args["eps"] if args.get("adversary") == "dra" else None
+    """(the L-infinity radius that training aimed at, of DRA PGD's; the eps of its DRA or None).
+
+    In [0, 1] units, or in those of normalised images where --normalized-eps asks for it.
+    """
+    args = checkpoint["args"]
+    factor = units(checkpoint, normalized)
+    mean_eps = factor * args["eps"] if args.get("adversary") == "dra" else None
+    return factor * args.get("pgd_eps", args["eps"]), mean_eps
 
 
-# ---------------------------------------------------------------------------------------------------------- report
+def trained_linf(checkpoint):
+    """The most by which training's DRA changed a value, in [0, 1] units; None: no bound."""
+    linf = checkpoint["args"].get("linf")
+    return units(checkpoint, False) * linf if linf else None
 
-COLUMNS = {"attack": 20, "accuracy": 9, "n": 6, "eps": 8, "step": 8, "steps": 6, "restarts": 9, "start": 6, "seed": 5,
-           "largest": 8, "seconds": 8}
+
+def units(checkpoint, normalized):
+    """What a radius of training is multiplied by to be in the units that evaluation asks for."""
+    scale = common.pixel_scale(common.checkpoint_facts(checkpoint))
+    trained = bool(checkpoint["args"].get("normalized_eps"))
+    return scale ** (int(trained) - int(bool(normalized)))
 
 
-def plan(args, facts, eps, mean_eps, device):
-    """What is to be run: [(Attack, surrogate's path or None, number of test images, 0: all)]. mean_eps: of dra."""
-    dataset = facts["name"]
-    if args.protocol and dataset not in PROTOCOLS[args.protocol]:
-        raise common.UsageError(f"--protocol {args.protocol} has no columns for {dataset}")
-    chosen = PLAN | (PROTOCOLS[args.protocol][dataset] if args.protocol else QUICK_LOOK)
+class Surrogate(NamedTuple):
+    """A network that images are made on."""
+    label: str  # in attacks' names
+    model: torch.nn.Module
+    identity: dict
+    at_chance: bool
+    place: str | None  # of its images, without the ending; None: they are not kept
+
+
+def open_surrogates(args, facts, device, look, record):
+    """path -> Surrogate; UsageError for one that is of other data, or cannot be attacked."""
+    found = {}
+    for path in args.surrogate:
+        model, source = common.load_model(path, device=device, facts=facts,
+                                          architecture=args.model, normalize=args.normalize)
+        nature = probe(model, look, facts["classes"], path)
+        if nature.at_chance:
+            print(f"{path}: {percent(nature.accuracy)} % clean, at chance: its images are no "
+                  "evidence")
+        sha = weights_sha256(source["best"]["state_dict"])
+        identity = dict(sha=sha, model=source["model"], normalize=source["normalize"])
+        file, _ = common.path_and_model(path)
+        place = None if is_committed(file) else str(Path(file).with_suffix(""))
+        if args.record:
+            place = str(record.json_path.parent / Path(file).stem)
+        if place:
+            refuse_unwritable(place, "--surrogate")
+        found[path] = Surrogate(source["model"], model, identity, nature.at_chance, place)
+    labels = [surrogate.label for surrogate in found.values()]
+    if len(set(labels)) < len(labels):
+        found = {path: surrogate._replace(label=stem_of(path))
+                 for path, surrogate in found.items()}
+    return found
+
+
+def refuse_bad_places(args, record):
+    """UsageError where something cannot be written; before the first attack."""
+    if record.kept:
+        refuse_unwritable(record.json_path, "the record")
+    for path, flag in ((args.results, "--results"), (args.save_adv, "--save-adv")):
+        if path:
+            refuse_unwritable(path, flag)
+    if args.plots:
+        try:
+            Path(args.plots).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise common.UsageError(f"--plots {args.plots}: {error.strerror}")
+        refuse_unwritable(Path(args.plots) / "curves.png", "--plots")
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+def columns_of(protocol, facts):
+    """A protocol's settings for a data set: its own, or those of the data set most like it."""
+    table = PROTOCOLS[protocol]
+    known = [name for name in (facts["name"], facts["like"]) if name in table]
+    like = known[0] if known else next(iter(table))
+    settings = dict(table[like])
+    if like != facts["name"]:
+        print(f"{facts['name']}: the attacks of --protocol {protocol} are those on {like}")
+        if isinstance(settings["step"], float):
+            settings["step"] *= facts["eps"] / common.DATASETS[like]["eps"]
+    return settings
+
+
+def sensible(words, args, facts, nature):
+    """The names of a protocol's attacks without those that this data set has no use for."""
+    kept = []
+    for word in words:
+        if word.startswith("multi-") and facts["classes"] > MANY_CLASSES:
+            print(f"no multi-targeted attack: {facts['name']} has too many wrong classes")
+        elif word == "corruptions" and facts["name"] not in CORRUPTED:
+            print(f"no corruptions: there is no corrupted copy of {facts['name']}")
+        elif word == "corruptions" and not list(
+                (Path(args.data_dir) / CORRUPTED[facts["name"]][0]).glob("*.npy")):
+            name, address = CORRUPTED[facts["name"]]
+            print(f"no corruptions: {name} is not in {args.data_dir}, it is at {address}")
+        else:
+            kept.append(word)
+    return kept
+
+
+def plan(args, facts, eps, mean_eps, device, nature=Nature(), linf=None):
+    """What is to be run: [(Attack, surrogate's path or None, number of test images, 0: all)].
+
+    mean_eps, linf: of dra.
+    """
+    chosen = dict(PLAN)
+    chosen.update(columns_of(args.protocol, facts) if args.protocol else QUICK_LOOK)
     chosen["transfer"] = chosen["transfer"] or QUICK_LOOK["transfer"]
-    chosen |= {name: getattr(args, name) for name in QUICK_LOOK if getattr(args, name) is not None}
-    if args.protocol and facts["classes"] > 20 and ",multi-" in chosen["attacks"]:
-        chosen["attacks"] = re.sub(r",multi-\d+x\d+", "", chosen["attacks"])
-        print(f"no multi-targeted attack: {dataset} has too many wrong classes")
-    scale = common.pixel_scale(facts) if args.normalized_eps else 1.0
-    budget = facts, eps, args.step_size or chosen["step"], chosen["start"], args.seed, args.p, scale, mean_eps
-    todo = [(attack, None) for attack in parse_attacks(chosen["attacks"], *budget)]
-    todo += [(attack, path) for path in args.surrogate for attack in parse_attacks(chosen["transfer"], *budget)]
+    for name in QUICK_LOOK:
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
+    words = chosen["attacks"].split(",")
+    if args.protocol:
+        words = sensible(words, args, facts, nature)
+    if nature.randomised and "aa" in words:
+        print("aa: the network is randomised, AutoAttack's version for such networks runs")
+        words = ["aa-rand" if word == "aa" else word for word in words]
+    budget = dict(step=chosen["step"], start=chosen["start"], seed=args.seed, p=args.p,
+                  scale=common.pixel_scale(facts) if args.normalized_eps else 1.0,
+                  mean_eps=mean_eps, asked_step=args.step_size, linf=linf)
+    todo = [(attack, None) for attack in parse_attacks(",".join(words), facts, eps, **budget)]
+    for path in args.surrogate:
+        attacks = parse_attacks(chosen["transfer"], facts, eps, **budget)
+        todo += [(attack, path) for attack in attacks]
     few = {name: sizes[device.type == "cpu"] for name, sizes in chosen["few"].items()}
-    sizes = ([n for n in (chosen["limit"], few.get(attack.name.removesuffix(NORMALISED))) if n] for attack, _ in todo)
-    return [(attack, path, min(size, default=0)) for (attack, path), size in zip(todo, sizes)]
+    return [(attack, path, images_for(attack.name, few, chosen["limit"]))
+            for attack, path in todo]
+
+
+def images_for(name, few, limit):
+    """How many test images an attack gets, 0: all. few: name -> number, of slow attacks."""
+    name = name.removesuffix(NORMALISED)
+    slow = few.get(name, few.get(name.partition("@")[0], 0))
+    return min([n for n in (limit, slow) if n], default=0)
+
+
+# ----------------------------------------------------------------------------------------- report
+
+COLUMNS = {"attack": 20, "accuracy": 8, "95 %": 13, "n": 6, "eps": 7, "step": 7, "steps": 5,
+           "restarts": 8, "largest": 7, "seconds": 8}
 
 
 def print_outcome(outcome, header):
     """One aligned line, accuracy in %; the first comes with the names of the columns."""
     if header:
         print(" ".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
-    shown = dict(outcome, accuracy=f"{100 * outcome['accuracy']:.2f}", seconds=f"{outcome['seconds']:.1f}")
-    cells = {name: f"{shown[name]:.4f}" if isinstance(shown[name], float) else shown[name] for name in COLUMNS}
-    cells = {name: "-" if cell is None else cell for name, cell in cells.items()}
-    more = f"   mean L2 of what fools: {outcome['mean_l2']:.4f}" if outcome.get("mean_l2") else ""
-    print(" ".join(f"{cells[name]:>{width}}" for name, width in COLUMNS.items()) + more, flush=True)
+    low, high = outcome["interval"]
+    shown = dict(outcome, accuracy=f"{100 * outcome['accuracy']:.2f}",
+                 seconds=f"{outcome['seconds']:.1f}")
+    shown["95 %"] = f"{100 * low:.2f}-{100 * high:.2f}"
+    cells = []
+    for name, width in COLUMNS.items():
+        value = shown[name]
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        cells.append(f"{'-' if value is None else text:>{width}}")
+    print(" ".join(cells), flush=True)
+    if outcome.get("mean_l2"):
+        print(f"{'':>20} mean L2 of what fools: {outcome['mean_l2']:.4f}")
+    if outcome["nonfinite"]:
+        print(f"{'':>20} gradients that were not finite, taken as zero: "
+              f"{100 * outcome['nonfinite']:.2f} %")
     for name, accuracy in outcome.get("types", {}).items():
-        print(f"{name:>20} {100 * accuracy:9.2f}")
+        print(f"{name:>20} {100 * accuracy:8.2f}")
 
 
 def print_protocol(protocol, dataset, outcomes):
-    """The paper's rows and ours, in the paper's columns; a column that was not run stays a dash."""
+    """The paper's rows and ours, in the paper's columns; a column that was not run is a dash."""
     try:
-        table = json.loads((Path(__file__).parent / "results" / "papers.json").read_text())[protocol][dataset]
+        file = Path(__file__).parent / "results" / "papers.json"
+        table = json.loads(file.read_text())[protocol][dataset]
     except (OSError, KeyError):
-        return print(f"the rows of the paper are not at hand (results/papers.json has none for {protocol}, {dataset})")
-    strongest_last = sorted(outcomes, key=lambda o: -o["accuracy"])  # of several surrogates
-    ours = {re.sub("@.*", "@surrogate", o["attack"]): o for o in strongest_last} | {o["attack"]: o for o in outcomes}
-    ours = {name.replace(NORMALISED, ""): o for name, o in ours.items()}
-    ours = [ours.get(column) for column in table["columns"]]
-    rows = dict(table["rows"], **{"this network": [o and 100 * o["accuracy"] for o in ours], "its n": [
-        o and str(o["n"]) for o in ours]})
-    print(f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), accuracy in %. This network's "
-          f"eps: {max(o['eps'] or 0 for o in outcomes):.4g}; its white-box attacks may succeed at any step." + (
-              any(NORMALISED in o["attack"] for o in outcomes) * " Its radii are in units of normalised images."))
-    name = max(map(len, rows)) + 2
-    print(f"{'':<{name}}" + "".join(f"{column:>{len(column) + 2}}" for column in table["columns"]))
+        print("the rows of the paper are not at hand (results/papers.json has none for "
+              f"{protocol}, {dataset})")
+        return
+    ours = our_columns(outcomes)
+    names = list(table["columns"])
+    names += [name for name in ours if "@" in name and name.partition("@")[0] in names
+              and re.search(r"@[\d./e-]+$", name)]  # the same attack at another step size
+    rows = {label: [*row, *[None] * (len(names) - len(row))]
+            for label, row in table["rows"].items()}
+    found = [ours.get(canonical(name)) for name in names]
+    rows["this network"] = [outcome and 100 * outcome["accuracy"] for outcome in found]
+    rows["its n"] = [outcome and str(outcome["n"]) for outcome in found]
+    largest = max(outcome["eps"] or 0 for outcome in outcomes)
+    text = (f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), "
+            f"accuracy in %. This network's eps: {largest:.4g}")
+    if any(outcome.get("judge", "any") == "any" for outcome in outcomes):
+        text += "; its white-box attacks may succeed at any step"
+    if any(NORMALISED in outcome["attack"] for outcome in outcomes):
+        text += "; its radii are in units of normalised images"
+    print(f"{text}.")
+    print_rows(names, rows)
+
+
+def canonical(name):
+    """An attack's name with its aliases resolved: un-50x20 is pgd-cw-50x20."""
+    head, dash, rest = name.partition("-")
+    return f"{ALIASES.get(head, head)}{dash}{rest}"
+
+
+def our_columns(outcomes):
+    """Column -> outcome; transfer from the strongest of several surrogates is @surrogate, too."""
+    ours = {}
+    for outcome in sorted(outcomes, key=lambda outcome: -outcome["accuracy"]):
+        name = canonical(outcome["attack"].replace(NORMALISED, ""))
+        if "surrogate_sha256" in outcome:
+            ours[f"{name.rpartition('@')[0]}@surrogate"] = outcome
+        ours[name] = outcome
+    return ours
+
+
+def print_rows(columns, rows):
+    """A table of texts, numbers and dashes, as wide as its columns' names."""
+    name_width = max(map(len, rows)) + 2
+    widths = [max(len(column), 6) + 2 for column in columns]
+    print(" " * name_width + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)))
     for label, row in rows.items():
-        cells = ("-" if value is None else value if isinstance(value, str) else f"{value:.2f}" for value in row)
-        print(f"{label:<{name}}" + "".join(f"{cell:>{len(c) + 2}}" for cell, c in zip(cells, table["columns"])))
+        line = f"{label:<{name_width}}"
+        for value, width in zip(row, widths):
+            text = f"{value:.2f}" if isinstance(value, float) else value
+            line += f"{'-' if text is None else text:>{width}}"
+        print(line)
 
 
-def print_more(args, model, test, checkpoint, eps, outcomes):
-    """The sanity tests, alignment and plots, where asked for; returns name -> number and the figures' paths."""
-    numbers, paths, curve = dict(dead_gradients=dead_gradients(model, test, args.batch_size)), [], None
-    print(f"images with a zero or non-finite gradient: {100 * numbers['dead_gradients']:.2f} %")
+def print_verdict(findings, nature):
+    """The findings, a line each, and the verdict; returns how many tests fail."""
+    print("\nsanity:")
+    words = {True: "passed", False: "FAILED", None: "  -   "}
+    for finding in findings:
+        print(f"  {words[finding.passed]}  {finding.sign}: {finding.text}")
+    print(verdict(findings, nature))
+    return sum(finding.passed is False for finding in findings)
+
+
+def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
+    """The verdict, alignment and plots, where asked for; name -> number, and figures' paths.
+
+    model: as attacked; it has a Classifier inside. look: the images for all of it.
+    """
+    facts = common.checkpoint_facts(checkpoint)
+    classifier = getattr(model, "model", model)
+    numbers = dict(dead_gradients=dead_gradients(model, look, args.batch_size))
+    paths = []
+    print(f"images with a zero or non-finite gradient: {percent(numbers['dead_gradients'])} %")
+    curve = None
     if args.sanity or args.plots:
-        curve = curves(model, test, common.checkpoint_facts(checkpoint), eps, args.batch_size, args.seed)
+        curve = curves(model, look, facts, eps, args.batch_size, args.seed, bool(args.plots))
     if args.sanity:
-        classes = checkpoint["num_classes"]
-        tests = sanity(curve, numbers["dead_gradients"], classes, eps, outcomes)
-        print(f"\nsanity, {len(test.labels)} images:")
-        for passed, finding in tests:
-            print(f"  {'passed' if passed else 'FAILED'}  {finding}")
-        numbers["sanity_failures"] = failed = sum(not passed for passed, _ in tests)
-        print("verdict: " + (f"masked gradients or a broken attack, {failed} of {len(tests)} tests fail" if failed else
-                             f"no sign of masked gradients in {len(tests)} tests"))
+        unattacked = held_without_gradient(model, look, facts, eps, args.batch_size, args.seed)
+        above = None
+        if baseline:
+            above = curve_of(baseline, look, facts, "fgsm", [eps], args.batch_size, 0)[0][0]
+        findings = sanity(curve, unattacked, nature, eps, outcomes, above)
+        numbers["sanity_failures"] = print_verdict(findings, nature)
+        notes = {note for outcome in outcomes for note in outcome.get("warnings", [])}
+        for note in sorted(notes):
+            print(f"AutoAttack notes: {note}")
     if args.alignment:
-        alpha, binarised, robustness = alignment(model, test, args.batch_size).mean(0).tolist()
-        print(f"mean alignment {alpha:.4f} (eq. 4), binarised {binarised:.4f} (eq. 7), linearised robustness "
-              f"{robustness:.4f} (eq. 6) of {len(test.labels)} images")
-        numbers |= dict(alignment=alpha, binarised_alignment=binarised, linearised_robustness=robustness)
+        means = alignment(classifier, look, args.batch_size).mean(0).tolist()
+        names = ("alignment", "binarised_alignment", "linearised_robustness")
+        numbers.update(zip(names, means))
+        print("mean alignment {:.4f} (eq. 4), binarised {:.4f} (eq. 7), linearised robustness "
+              "{:.4f} (eq. 6)".format(*means), f"of {len(look.labels)} images")
     if args.plots:
-        paths = plots(args.plots, Scene(model, checkpoint, test, curve, eps, args.seed, args.data_dir))
+        scene = Scene(model, checkpoint, look, curve, eps, args.seed, args.data_dir)
+        paths = plots(args.plots, scene)
         print("figures:", *paths)
     return numbers, paths
+
+
+def print_classes(dataset, labels, correct, chosen):
+    """Accuracy per class under an attack, in %. labels, correct: arrays (N,)."""
+    shares = []
+    for label in np.unique(labels):
+        number = chosen[label] if chosen else label
+        name = CIFAR10_NAMES[number] if dataset == "cifar10" else str(number)
+        shares.append(f"{name} {100 * correct[labels == label].mean():.1f}")
+    print(f"{'by class':>20} {', '.join(shares)}")
+
+
+def print_worst(flags, eps):
+    """The worst case over attacks at eps, sample by sample. flags: [(index, correct)]."""
+    if len(flags) < 2:
+        return
+    shared = min((index for index, _ in flags), key=len)  # a smaller subset lies in a larger one
+    worst = np.all([correct[np.isin(index, shared)] for index, correct in flags], 0)
+    low, high = wilson(worst.mean(), len(worst))
+    print(f"worst case of these {len(flags)} at eps {eps:.4g}, sample by sample: "
+          f"{100 * worst.mean():.2f} % ({100 * low:.2f}-{100 * high:.2f}) of {len(shared)} images")
 
 
 def alike(text):
@@ -971,7 +1917,7 @@ def alike(text):
 
 
 class Notes(logging.Handler):
-    """Collects what AutoAttack warns of: randomised outputs, zero gradients. Texts that differ in numbers are one."""
+    """Collects AutoAttack's warnings: randomised outputs, zero gradients, each kind once."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -984,116 +1930,236 @@ class Notes(logging.Handler):
 
     def emit(self, record):
         text = record.getMessage().split(" See ")[0]
-        if text.startswith("Square Attack has decreased"):  # its threshold is for a whole test set, not for a batch
-            return
-        self.texts.setdefault(alike(text), text)
+        if not text.startswith("Square Attack has decreased"):  # that is for a whole test set
+            self.texts.setdefault(alike(text), text)
 
 
-def measure(model, attack, test, images, corrupted, settings, args, record, notes):
-    """One attack, or what is on record of it: (outcome, facts of `evaluate`, its images with --save-adv). It is saved
-    as it goes, and goes on. images: makes those of a transfer attack; corrupted: the files of `corruptions`.
+# ------------------------------------------------------------------------------------------- main
+
+class Task(NamedTuple):
+    """One line of the plan, ready to run."""
+    attack: Attack
+    test: common.Split
+    settings: dict  # what the outcome depends on
+    images: Callable | None  # makes the images of a transfer attack
+    batch_size: int
+    stop: bool  # whether broken images are attacked no further
+
+
+def measure(model, task, corrupted, args, record, notes):
+    """One attack, or what is on record of it: (outcome, facts of `evaluate`, --save-adv's images).
+
+    It is saved as it goes, and goes on. corrupted: the files of `corruptions`.
     """
-    anew, keep = args.overwrite or args.save_adv, None
-    outcome, facts, spent, warnings = (None, None, 0, []) if anew else record.find(settings)
+    anew = args.overwrite or args.save_adv
+    outcome, facts, spent, warnings = None, None, 0.0, []
+    if not anew:
+        outcome, facts, spent, warnings = record.find(task.settings)
     if outcome:
-        return outcome, facts, keep
+        return outcome, facts, None
     notes.begin(warnings)
     started = time.perf_counter() - spent
 
     def save(facts, measured=None):
-        return record.save(settings, facts, time.perf_counter() - started, list(notes.texts.values()), measured)
-    if attack.kind == "corruptions":
-        types = corruptions(model, corrupted, test, args.batch_size)
-        measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types)
-        facts = np.empty((0, 4))
+        seconds = time.perf_counter() - started
+        return record.save(task.settings, facts, seconds, list(notes.texts.values()), measured)
+    keep = None
+    if task.attack.kind == "corruptions":
+        types = corruptions(model, corrupted, task.test, task.batch_size)
+        facts = np.empty((0, 5))
+        measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types,
+                        nonfinite=0.0)
     else:
-        keep = np.empty(test.images.shape, np.float32) if args.save_adv else None
-        facts = evaluate(model, test, attack, args.batch_size, args.precision, images and images(), facts=facts,
-                         save=save, keep=keep)
-        measured = dict(accuracy=float((facts[:, 0] == 1).mean()), largest=float(facts[:, 1].max()))
-        if ATTACKS[attack.kind].norm == "l2":  # of the images it fools; not those that were misclassified before
-            fooled = (facts[:, 0] == 0) & (facts[:, 2] > 0)
-            measured["mean_l2"] = float(facts[fooled, 2].mean()) if fooled.any() else None
-    return save(facts, dict(measured, seconds=round(time.perf_counter() - started, 2))), facts, keep
+        keep = np.empty(task.test.images.shape, np.float32) if args.save_adv else None
+        images = task.images() if task.images else None
+        facts = evaluate(model, task.test, task.attack, task.batch_size, args.precision, images,
+                         task.stop, facts=facts, save=save, keep=keep)
+        measured = summary(facts, task.attack)
+    measured["interval"] = wilson(measured["accuracy"], len(task.test.labels))
+    measured["seconds"] = round(time.perf_counter() - started, 2)
+    return save(facts, measured), facts, keep
+
+
+def summary(facts, attack):
+    """An outcome's numbers from the facts of its samples."""
+    measured = dict(accuracy=float((facts[:, 0] == 1).mean()), largest=float(facts[:, 1].max()),
+                    nonfinite=float(facts[:, 4].mean()))
+    if ATTACKS[attack.kind].norm == "l2":  # of what it fools, not what was wrong before
+        fooled = (facts[:, 0] == 0) & (facts[:, 2] > 0)
+        measured["mean_l2"] = float(facts[fooled, 2].mean()) if fooled.any() else None
+    return measured
+
+
+def tasks(args, todo, facts, device, shared, surrogates, nature):
+    """The plan's lines as Tasks. shared: settings that all outcomes have."""
+    sizes = {n for _, _, n in todo}
+    tests = {n: load_test(facts, args.data_dir, n, device, args.workers) for n in sizes}
+    pixels = {n: images_sha256(test) for n, test in tests.items()}
+    whole = nature.randomised or nature.batch_dependent or args.bn_mode == "train"
+    stop = args.judge == "any" and not whole
+    lines = []
+    for attack, path, n in todo:
+        test = tests[n]
+        batch_size = args.batch_size
+        if nature.batch_dependent or args.bn_mode == "train":
+            batch_size = batch_without_leftover(len(test.labels), batch_size)
+        settings = dict(attack=attack.name)
+        settings.update({k: v for k, v in attack._asdict().items() if k != "name"})
+        settings.update(n=len(test.labels), batch_size=batch_size, images_sha256=pixels[n],
+                        judge="any" if stop else "last", **shared)
+        images = None
+        if path:
+            surrogate = surrogates[path]
+            settings.update(attack=f"{attack.name}@{surrogate.label}",
+                            surrogate_sha256=surrogate.identity["sha"],
+                            surrogate_at_chance=surrogate.at_chance)
+            identity = dict(surrogate.identity, images=pixels[n])
+            images = functools.partial(transfer_images, surrogate.place, identity,
+                                       surrogate.model, test, attack, batch_size)
+        lines.append(Task(attack, test, settings, images, batch_size, stop))
+    return lines
+
+
+def run_tasks(args, model, lines, eps, corrupted, record, facts):
+    """Measure and print every line; returns the outcomes. eps: of the worst case."""
+    notes = Notes()
+    outcomes = []
+    flags = []
+    adversarial = {}
+    for task in lines:
+        if task.attack.kind == "corruptions":
+            task.settings["files"] = [file.stem for file in corrupted]
+        outcome, found, keep = measure(model, task, corrupted, args, record, notes)
+        index = task.test.index.cpu().numpy()
+        labels = task.test.labels.cpu().numpy()
+        if keep is not None:
+            arrays = dict(images=keep, index=index, labels=labels)
+            for name, array in arrays.items():
+                adversarial[f"{outcome['attack']}/{name}"] = array
+        outcomes.append(outcome)
+        print_outcome(outcome, header=len(outcomes) == 1)
+        norm = ATTACKS[task.attack.kind].norm
+        if len(found) and task.attack.eps in (None, eps) and norm in ("linf", "none"):
+            flags.append((index, found[:, 0] == 1))
+        if args.per_class and len(found):
+            print_classes(facts["name"], labels, found[:, 0], facts["chosen"])
+    print_worst(flags, eps)
+    if args.save_adv:
+        common.write_beside(args.save_adv, lambda file: np.savez(file, **adversarial))
+    return outcomes
+
+
+def log_to_wandb(args, checkpoint, record, outcomes, numbers, paths):
+    """One W&B run for one evaluation; it names the run of training."""
+    file = Path(common.path_and_model(args.ckpt)[0])
+    if os.environ.get("WANDB_MODE") == "disabled" or args.wandb == "disabled":
+        return
+    folder = record.json_path.parent if record.kept else Path(tempfile.mkdtemp())
+    config = dict(vars(args), training_run=checkpoint.get("wandb_id"),
+                  training_script=checkpoint["script"], training=checkpoint["provenance"])
+    run = common.wandb_run(config, "evaluate", folder / file.name)
+    if not run:
+        return
+    try:
+        import wandb
+        for outcome in outcomes:
+            low, high = outcome["interval"]
+            name = f"eval/{outcome['attack']}"
+            run.summary.update({name: outcome["accuracy"], f"{name}/low": low,
+                                f"{name}/high": high})
+        run.summary.update({f"eval/{name}": value for name, value in numbers.items()})
+        if paths:
+            run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
+        run.finish()
+    except Exception as error:
+        print(f"W&B failed: {error}")
+
+
+def shared_settings(args, checkpoint, nature, sha):
+    """What all outcomes of an evaluation depend on."""
+    name = checkpoint["model"]
+    code = args.model or common.path_and_model(args.ckpt)[1] or name
+    settings = dict(precision=args.precision, weights=args.weights, weights_sha256=sha,
+                    dataset=checkpoint["dataset"], model=name,
+                    normalize=checkpoint["normalize"], bn_mode=args.bn_mode,
+                    randomised=nature.randomised, batch_dependent=nature.batch_dependent)
+    if ".py:" in name:
+        settings["model"] = code
+        content = Path(code.rpartition(":")[0]).read_bytes()
+        settings["model_sha256"] = hashlib.sha256(content).hexdigest()
+    return settings
+
+
+def print_head(args, checkpoint, nature, record):
+    """What is evaluated, and what is special about it."""
+    print(f"{args.ckpt}: {checkpoint['script']}, {checkpoint['model']} on {checkpoint['dataset']}, "
+          f"{args.weights} weights of epoch {checkpoint[args.weights]['epoch']}; {args.precision}")
+    if not record.kept:
+        print("nothing is written beside a committed checkpoint: --record FILE.json keeps a record")
+    if nature.randomised:
+        print("the network is randomised: the same image has other logits on a second pass; each "
+              "attack's last step is judged")
+    if nature.batch_dependent:
+        print("the network is batch-dependent: an image's logits depend on the other images; "
+              "batches stay whole")
+    if args.bn_mode == "train":
+        print(f"BatchNorm in train mode, batches of {args.batch_size}; AutoAttack's images are "
+              "made in eval mode and judged in train mode")
+    elif args.judge == "last":
+        print("the last step of each restart is judged alone")
 
 
 def main():
     args = parse()
     device, args.precision = common.set_up(args.device, args.precision)
-    model, checkpoint = open_checkpoint(args, device)
+    classifier, checkpoint = open_checkpoint(args, device)
     if args.export:
+        refuse_unwritable(args.export, "--export")
         export(args.export, checkpoint, args.weights)
-        return print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
-    dataset = checkpoint["dataset"]
+        print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
+        return
     facts = common.checkpoint_facts(checkpoint)
-    own, mean_eps = trained_eps(checkpoint, args.normalized_eps)
-    eps, mean_eps = args.eps or (facts["eps"] if args.protocol else own), args.eps or mean_eps
-    args.p = checkpoint["args"].get("p", 1 / 3) if args.p is None else args.p
     if args.alignment and facts["classes"] > 100:
-        raise common.UsageError(f"--alignment takes every logit's gradient: {dataset} has too many classes")
-    todo = plan(args, facts, eps, mean_eps, device)
-    eps *= common.pixel_scale(facts) if args.normalized_eps else 1  # from here on in [0, 1] units
-    corrupted = corruption_paths(dataset, args.data_dir) if any(a.kind == "corruptions" for a, _, _ in todo) else []
-    surrogates = {path: common.load_model(path, device=device, facts=facts) for path in args.surrogate}
-    names = {path: source["model"] for path, (_, source) in surrogates.items()}
-    if len(set(names.values())) < len(names):
-        names = {path: stem_of(path) for path in names}
-    identities = {path: dict(sha=weights_sha256(source["best"]["state_dict"]), model=source["model"],
-                             normalize=source["normalize"]) for path, (_, source) in surrogates.items()}
-    tests = {n: load_test(facts, args.data_dir, n, device, args.workers) for n in {n for _, _, n in todo}}
-    few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
-    pixels = {n: images_sha256(test) for n, test in tests.items()}
-    network = dict(dataset=dataset, model=args.model or checkpoint["model"], normalize=checkpoint["normalize"])
-    if ".py:" in network["model"]:
-        code = Path(network["model"].rpartition(":")[0]).read_bytes()
-        network["model_sha256"] = hashlib.sha256(code).hexdigest()
+        raise common.UsageError(f"--alignment takes every logit's gradient: {facts['name']} has "
+                                "too many classes")
+    shas = {weights: weights_sha256(checkpoint[weights]["state_dict"])
+            for weights in ("best", "last") if checkpoint[weights]}
+    record = Record(common.path_and_model(args.ckpt)[0], shas.values(), record_stem(args))
+    model = BatchStatistics(classifier) if args.bn_mode == "train" else classifier
+    eps, mean_eps = trained_eps(checkpoint, args.normalized_eps)
+    eps = args.eps or (facts["eps"] if args.protocol else eps)
+    mean_eps = args.eps or mean_eps
+    args.p = checkpoint["args"].get("p", 1 / 3) if args.p is None else args.p
 
-    shas = {w: weights_sha256(checkpoint[w]["state_dict"]) for w in ("best", "last") if checkpoint[w]}
-    record, notes, outcomes, flags, adversarial = Record(args.ckpt, shas.values()), Notes(), [], [], {}
-    print(f"{args.ckpt}: {checkpoint['script']}, {checkpoint['model']} on {dataset}, {args.weights} weights of epoch "
-          f"{checkpoint[args.weights]['epoch']}; {args.precision}")
-    for attack, path, n in todo:
-        test, images = tests[n], None
-        settings = dict(attack=attack.name) | {k: v for k, v in attack._asdict().items() if k != "name"}
-        settings |= dict(n=len(test.labels), precision=args.precision, batch_size=args.batch_size, weights=args.weights,
-                         weights_sha256=shas[args.weights], images_sha256=pixels[n], **network)
-        if attack.kind == "corruptions":
-            settings["files"] = [file.stem for file in corrupted]
-        if path:
-            settings |= dict(attack=f"{attack.name}@{names[path]}", surrogate_sha256=identities[path]["sha"])
-            images = functools.partial(transfer_images, path, dict(identities[path], images=pixels[n]),
-                                       surrogates[path][0], test, attack, args.batch_size)
-        outcome, found, keep = measure(model, attack, test, images, corrupted, settings, args, record, notes)
-        if keep is not None:
-            arrays = dict(images=keep, index=test.index.cpu().numpy(), labels=test.labels.cpu().numpy())
-            adversarial |= {f"{settings['attack']}/{name}": array for name, array in arrays.items()}
-        outcomes.append(outcome)
-        print_outcome(outcome, header=len(outcomes) == 1)
-        if len(found) and attack.eps in (None, eps) and ATTACKS[attack.kind].norm in ("linf", "none"):
-            flags.append((test.index.cpu().numpy(), found[:, 0] == 1))
-        if args.per_class and len(found):
-            each = (100 * found[(test.labels == c).cpu().numpy(), 0].mean() for c in test.labels.unique())
-            print(f"{'by class':>20} " + " ".join(f"{value:.1f}" for value in each))
-    if len(flags) > 1:
-        shared = min((index for index, _ in flags), key=len)  # a smaller subset lies within a larger one
-        worst = np.all([correct[np.isin(index, shared)] for index, correct in flags], 0)
-        print(f"worst case of these {len(flags)} at eps {eps:.4g}, sample by sample: {100 * worst.mean():.2f} % of "
-              f"{len(shared)} images")
-    if args.save_adv:
-        common.write_beside(args.save_adv, lambda file: np.savez(file, **adversarial))
-    few = load_test(facts, args.data_dir, few, device, args.workers)
-    numbers, paths = print_more(args, model, few, checkpoint, eps, outcomes)
+    few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
+    look = load_test(facts, args.data_dir, few, device, args.workers)
+    nature = probe(classifier, look, facts["classes"], args.ckpt, args.precision)
+    if nature.at_chance:
+        print(advice(classifier, look, nature))
+    todo = plan(args, facts, eps, mean_eps, device, nature, trained_linf(checkpoint))
+    if args.normalized_eps:
+        eps *= common.pixel_scale(facts)  # from here on in [0, 1] units
+    refuse_bad_places(args, record)
+    corrupted = []
+    if any(attack.kind == "corruptions" for attack, _, _ in todo):
+        corrupted = corruption_paths(facts["name"], args.data_dir)
+    surrogates = open_surrogates(args, facts, device, look, record)
+    baseline = None
+    if args.baseline:
+        baseline, _ = common.load_model(args.baseline, device=device, facts=facts,
+                                        architecture=args.model, normalize=args.normalize)
+    shared = shared_settings(args, checkpoint, nature, shas[args.weights])
+    lines = tasks(args, todo, facts, device, shared, surrogates, nature)
+
+    print_head(args, checkpoint, nature, record)
+    outcomes = run_tasks(args, model, lines, eps, corrupted, record, facts)
+    numbers, paths = print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline)
     if args.results:
         kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
         write_json(args.results, results(checkpoint, kept, device))
-    if args.protocol and args.protocol != "common":
-        print_protocol(args.protocol, dataset, outcomes)
-    if run := common.wandb_run(vars(args), "evaluate", Path(args.ckpt)):
-        import wandb
-        run.summary.update({f"eval/{o['attack']}": o["accuracy"] for o in outcomes})
-        run.summary.update({f"eval/{name}": value for name, value in numbers.items()})
-        run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
-        run.finish()
+    if args.protocol not in (None, "common", "table"):
+        print_protocol(args.protocol, facts["name"], outcomes)
+    log_to_wandb(args, checkpoint, record, outcomes, numbers, paths)
 
 
 if __name__ == "__main__":

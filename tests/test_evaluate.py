@@ -409,38 +409,6 @@ def test_dra_is_evaluated_as_it_was_trained():
     assert evaluate.trained_eps(of_mnist(trained), False) == (0.3, None)
 
 
-def verdict(model, outcomes=(), curve=None):
-    test = evaluate.load_test(common.dataset_facts("digits"), "data", 50, "cpu")
-    curve = curve or evaluate.curves(model, test, common.dataset_facts("digits"), 0.1, 100, 0)
-    dead = evaluate.dead_gradients(model, test, 100)
-    tests = evaluate.sanity(curve, dead, 10, 0.1, list(outcomes))
-    return {finding.split(":")[0]: passed for passed, finding in tests}, curve
-
-
-def test_sanity_finds_masked_gradients(train, monkeypatch):
-    """A robust network passes; one that hides its gradient, or scales its logits by 1e5, does not."""
-    monkeypatch.setattr(evaluate, "STEPS", (1, 30, 40))
-    monkeypatch.setattr(evaluate, "RADII", (0.5, 1, 3))
-    model, _ = common.load_model(train("r2", "--epochs", "6"))
-    tests, curve = verdict(model)
-    assert len(tests) == 8 and all(tests.values()), tests
-    forward = model.net.forward
-    model.net.forward = lambda x: forward((10 * x).round() / 10) + 0 * x.sum()
-    hidden, _ = verdict(model)
-    assert not hidden["gradients live"] and not hidden["at eps 1 no more than chance is left"]
-    model.net.forward = lambda x: 1e5 * forward(x)
-    assert not verdict(model, curve=curve)[0]["gradients live"]
-    model.net.forward = forward
-    found = dict(kind="fgsm", attack="fgsm", eps=0.1, n=900, accuracy=0.9), \
-        dict(kind="fgsm", attack="fgsm@c", eps=0.1, n=900, accuracy=0.5, surrogate_sha256=""), \
-        dict(kind="pgd", attack="pgd-9:0.2", eps=0.2, n=900, accuracy=0.1), \
-        dict(kind="rays", attack="rays-9", eps=0.1, n=900, accuracy=0.3)
-    tests, _ = verdict(model, found, curve)
-    assert not tests["white-box beats black-box"] and not tests["gradients beat labels alone"]
-    notes = dict(kind="aa", attack="aa", eps=0.1, n=9, accuracy=0.3, warnings=["points with zero gradient"])
-    assert verdict(model, [notes], curve)[0]["AutoAttack"] is False
-
-
 def test_autoattacks_warnings_are_kept(monkeypatch):
     """A network that answers at random: the package says so, and the note ends up with the outcome."""
     class Random(Linear):
@@ -513,8 +481,9 @@ def test_an_interrupted_overwrite_leaves_no_half_outcome(digits_run, tmp_path):
     words = ["--ckpt", digits_run, "--attacks", "fgsm", "--limit", 60]
     evaluate_main(*words)
     outcome, = json.loads((tmp_path / "run.eval.json").read_text())
-    record = evaluate.Record(digits_run, [outcome["weights_sha256"]])
-    settings = {k: v for k, v in outcome.items() if k not in ("accuracy", "largest", "seconds", "warnings", "key")}
+    record = evaluate.Record(digits_run, [outcome["weights_sha256"]], tmp_path / "run.eval")
+    measured = ("accuracy", "interval", "largest", "nonfinite", "seconds", "warnings", "key")
+    settings = {k: v for k, v in outcome.items() if k not in measured}
     whole = record.find(settings)[1]
     half = whole.copy()
     half[30:] = np.nan

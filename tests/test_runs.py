@@ -434,8 +434,6 @@ def test_a_protocol_says_what_it_compares(tmp_path, capsys):
     train("--method", "nt", "--epochs", 1, "--ckpt", tmp_path / "d.pt")
     with pytest.raises(common.UsageError, match="was trained on digits, not on mnist"):
         evaluate_main(*mnist, "--surrogate", tmp_path / "d.pt")
-    with pytest.raises(common.UsageError, match="has no columns for digits"):
-        evaluate_main("--ckpt", tmp_path / "d.pt", "--protocol", "sat_rx")
     with pytest.raises(common.UsageError, match="belongs to --ckpt"):
         evaluate_main("--ckpt", tmp_path / "d.pt", "--results", tmp_path / "d.eval.json",
                       "--overwrite")
