@@ -643,7 +643,14 @@ class Guarded(torch.nn.Module):
     def forward(self, x):
         if x.requires_grad:
             x = FiniteGradient.apply(x, self.counts)
-        return self.model(x)
+        try:
+            return self.model(x)
+        except (common.UsageError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of a network of the user's own
+            if "allocate" in str(error):
+                raise
+            raise refused("--ckpt", f"the network fails on a batch of {len(x)} images", error)
 
     def share(self):
         """The share of gradients since the last time that were not finite somewhere."""
@@ -749,7 +756,8 @@ def refuse_without_gradient(model, x, name):
 
 def differ(a, b, tolerance):
     """Whether two tensors of logits differ by more than a share of the largest of them."""
-    return bool((a - b).abs().max() > tolerance * a.abs().max().clamp(min=1e-30))
+    near = (a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-30)
+    return not bool(near)  # NaN is near nothing
 
 
 def depends_on_batch(model, x, logits, tolerance):
@@ -1003,7 +1011,7 @@ RISE = 0.15  # FGSM accuracy may rise by so much between two radii up to eps
 FALL = 0.5  # the mean loss along the gradient's sign may fall to this share of its highest
 DEAD = 0.05  # so many images may hold under PGD without a gradient to follow
 FAR_ABOVE = 0.2  # of the baseline's FGSM accuracy
-NOTHING = 0.05  # PGD leaves nothing: at most so much
+NOTHING = 1 / 3  # PGD leaves next to nothing: at most this share of what FGSM leaves
 
 
 class Finding(NamedTuple):
@@ -1013,31 +1021,31 @@ class Finding(NamedTuple):
     text: str
 
 
-def curve_of(model, test, facts, name, radii, batch_size, seed):
-    """[(accuracy, mean loss)] of an attack by name at each radius, by its last step."""
+def curve_of(model, test, facts, name, radii, batch_size, seed, stop=False):
+    """[(accuracy, mean loss)] of an attack by name at each radius; stop: of `evaluate`."""
     points = []
     for radius in radii:
         attack, = parse_attacks(name, facts, radius, seed=seed)
-        found = evaluate(model, test, attack, batch_size, stop=attack.kind == "noise")
+        found = evaluate(model, test, attack, batch_size, stop=stop)
         points.append(tuple(found[:, [0, 3]].mean(0).tolist()))
     return points
 
 
-def curves(model, test, facts, eps, batch_size, seed, whole=False):
-    """What the verdict looks at; whole: and what the figures show.
+def curves(model, test, facts, eps, batch_size, seed, stop=True, figures=False):
+    """What the verdict looks at; figures: and what they show. stop: of noise, see `evaluate`.
 
     Accuracy and mean loss of FGSM as eps grows (SAT-Rx figs. 5, 8, 9), of PGD-40 at eps and at 1,
-    of noise at eps. whole: of PGD-40 at every radius, and accuracy as PGD's steps grow (fig. 7).
+    of noise at eps. figures: of PGD-40 at every radius, and accuracy as PGD's steps grow (fig. 7).
     """
     radii = sorted({min(1.0, factor * eps) for factor in RADII} | {1.0})
     here = radii.index(min(1.0, eps))
 
-    def curve(name, radii):
-        return curve_of(model, test, facts, name, radii, batch_size, seed)
+    def curve(name, radii, stop=False):
+        return curve_of(model, test, facts, name, radii, batch_size, seed, stop)
     clean, = curve("clean", [eps])
     table = dict(radii=[0, *radii], at_eps=1 + here, n=len(test.labels))
     table["fgsm"] = [clean, *curve("fgsm", radii)]
-    if whole:
+    if figures:
         table["pgd-40"] = [clean, *curve("pgd-40", radii)]
         table["steps"] = [curve(f"pgd-{steps}", [eps])[0][0] for steps in STEPS]
         table["pgd"] = table["pgd-40"][1 + here]
@@ -1045,7 +1053,7 @@ def curves(model, test, facts, eps, batch_size, seed, whole=False):
     else:
         table["pgd"], = curve("pgd-40", [eps])
         table["pgd_at_1"], = curve("pgd-40", [1.0])
-    table["noise"] = curve("noisex100", [eps])[0][0]
+    table["noise"] = curve("noisex100", [eps], stop)[0][0]
     return table
 
 
@@ -1064,13 +1072,13 @@ def dead_gradients(model, test, batch_size):
     return float(dead_flags(model, test, batch_size).mean())
 
 
-def held_without_gradient(model, test, facts, eps, batch_size, seed):
+def held_without_gradient(model, test, facts, eps, batch_size, seed, stop=True):
     """The share of images that have a dead gradient and hold under PGD-40: perhaps unattacked.
 
     A sure network has dead gradients, too; from a random start PGD breaks it all the same.
     """
     attack, = parse_attacks("pgd-40", facts, eps, seed=seed)
-    held = evaluate(model, test, attack, batch_size)[:, 0] == 1
+    held = evaluate(model, test, attack, batch_size, stop=stop)[:, 0] == 1
     return float((dead_flags(model, test, batch_size) & held).mean())
 
 
@@ -1122,7 +1130,7 @@ def baseline_finding(fgsm, pgd, baseline, n):
     sign = "FGSM far above the baseline's"
     if baseline is None:
         return Finding(sign, None, "not tested: --baseline CKPT, an undefended network")
-    masked = wilson(pgd, n)[0] <= NOTHING and wilson(fgsm, n)[0] > baseline + FAR_ABOVE
+    masked = pgd <= NOTHING * fgsm and wilson(fgsm, n)[0] > baseline + FAR_ABOVE
     return Finding(sign, not masked, f"{percent(fgsm)} %, the baseline's {percent(baseline)} %, "
                    f"PGD-40 {percent(pgd)} %")
 
@@ -1796,11 +1804,12 @@ def print_protocol(protocol, dataset, outcomes):
         return
     ours = our_columns(outcomes)
     names = list(table["columns"])
-    names += [name for name in ours if "@" in name and name.partition("@")[0] in names
-              and re.search(r"@[\d./e-]+$", name)]  # the same attack at another step size
+    known = [canonical(name) for name in names]
+    names += [outcome["attack"] for name, outcome in ours.items()  # at another step size
+              if re.fullmatch(r"[^@]+@[\d./e-]+", name) and name.partition("@")[0] in known]
     rows = {label: [*row, *[None] * (len(names) - len(row))]
             for label, row in table["rows"].items()}
-    found = [ours.get(canonical(name)) for name in names]
+    found = [ours.get(canonical(name.replace(NORMALISED, ""))) for name in names]
     rows["this network"] = [outcome and 100 * outcome["accuracy"] for outcome in found]
     rows["its n"] = [outcome and str(outcome["n"]) for outcome in found]
     largest = max(outcome["eps"] or 0 for outcome in outcomes)
@@ -1861,24 +1870,26 @@ def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
     """
     facts = common.checkpoint_facts(checkpoint)
     classifier = getattr(model, "model", model)
-    numbers = dict(dead_gradients=dead_gradients(model, look, args.batch_size))
+    batch_size = batch_without_leftover(len(look.labels), args.batch_size)
+    stop = not (nature.randomised or nature.batch_dependent or args.bn_mode == "train")
+    numbers = dict(dead_gradients=dead_gradients(model, look, batch_size))
     paths = []
     print(f"images with a zero or non-finite gradient: {percent(numbers['dead_gradients'])} %")
     curve = None
     if args.sanity or args.plots:
-        curve = curves(model, look, facts, eps, args.batch_size, args.seed, bool(args.plots))
+        curve = curves(model, look, facts, eps, batch_size, args.seed, stop, bool(args.plots))
     if args.sanity:
-        unattacked = held_without_gradient(model, look, facts, eps, args.batch_size, args.seed)
+        unattacked = held_without_gradient(model, look, facts, eps, batch_size, args.seed, stop)
         above = None
         if baseline:
-            above = curve_of(baseline, look, facts, "fgsm", [eps], args.batch_size, 0)[0][0]
+            above = curve_of(baseline, look, facts, "fgsm", [eps], batch_size, 0)[0][0]
         findings = sanity(curve, unattacked, nature, eps, outcomes, above)
         numbers["sanity_failures"] = print_verdict(findings, nature)
         notes = {note for outcome in outcomes for note in outcome.get("warnings", [])}
         for note in sorted(notes):
             print(f"AutoAttack notes: {note}")
     if args.alignment:
-        means = alignment(classifier, look, args.batch_size).mean(0).tolist()
+        means = alignment(classifier, look, batch_size).mean(0).tolist()
         names = ("alignment", "binarised_alignment", "linearised_robustness")
         numbers.update(zip(names, means))
         print("mean alignment {:.4f} (eq. 4), binarised {:.4f} (eq. 7), linearised robustness "
@@ -2109,9 +2120,28 @@ def print_head(args, checkpoint, nature, record):
         print("the last step of each restart is judged alone")
 
 
+def set_up(args):
+    """The torch.device; UsageError for one that this torch does not have."""
+    try:
+        device, args.precision = common.set_up(args.device, args.precision)
+    except AttributeError as error:  # a torch without CUDA lacks the functions themselves
+        raise common.UsageError(f"--device {args.device}: {error}")
+    return device
+
+
 def main():
+    """Evaluate; out of memory on a CPU ends in one line, too."""
+    try:
+        run()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise common.UsageError("out of memory: try a smaller --batch-size")
+
+
+def run():
     args = parse()
-    device, args.precision = common.set_up(args.device, args.precision)
+    device = set_up(args)
     classifier, checkpoint = open_checkpoint(args, device)
     if args.export:
         refuse_unwritable(args.export, "--export")

@@ -424,7 +424,8 @@ def test_autoattacks_warnings_are_kept(monkeypatch):
 def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
     """All figures are written, none is blank, with the numbers beside them; the verdict is one line."""
     from matplotlib import image
-    monkeypatch.setattr(evaluate, "STEPS", (1, 5, 10))
+    monkeypatch.setattr(evaluate, "STEPS", (1, 5))
+    monkeypatch.setattr(evaluate, "RADII", (1, 2))
     evaluate_main("--ckpt", digits_run, "--attacks", "clean,fgsm,pgd-5", "--limit", 40, "--sanity", "--per-class",
                   "--alignment", "--plots", tmp_path / "figures")
     out = capsys.readouterr().out
