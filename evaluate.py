@@ -1646,6 +1646,11 @@ def units(checkpoint, normalized):
     return scale ** (int(trained) - int(bool(normalized)))
 
 
+def asked_model(args):
+    """The network that the command line names: after --ckpt's =, or by --model; or None."""
+    return common.path_and_model(args.ckpt)[1] or args.model
+
+
 class Surrogate(NamedTuple):
     """A network that images are made on."""
     label: str  # in attacks' names
@@ -1660,7 +1665,8 @@ def open_surrogates(args, facts, device, look, record):
     found = {}
     for path in args.surrogate:
         model, source = common.load_model(path, device=device, facts=facts,
-                                          architecture=args.model, normalize=args.normalize)
+                                          architecture=asked_model(args),
+                                          normalize=args.normalize)
         nature = probe(model, look, facts["classes"], path)
         if nature.at_chance:
             print(f"{path}: {percent(nature.accuracy)} % clean, at chance: its images are no "
@@ -2089,7 +2095,7 @@ def log_to_wandb(args, checkpoint, record, outcomes, numbers, paths):
 def shared_settings(args, checkpoint, nature, sha):
     """What all outcomes of an evaluation depend on."""
     name = checkpoint["model"]
-    code = args.model or common.path_and_model(args.ckpt)[1] or name
+    code = asked_model(args) or name
     settings = dict(precision=args.precision, weights=args.weights, weights_sha256=sha,
                     dataset=checkpoint["dataset"], model=name,
                     normalize=checkpoint["normalize"], bn_mode=args.bn_mode,
@@ -2177,7 +2183,8 @@ def run():
     baseline = None
     if args.baseline:
         baseline, _ = common.load_model(args.baseline, device=device, facts=facts,
-                                        architecture=args.model, normalize=args.normalize)
+                                        architecture=asked_model(args),
+                                        normalize=args.normalize)
     shared = shared_settings(args, checkpoint, nature, shas[args.weights])
     lines = tasks(args, todo, facts, device, shared, surrogates, nature)
 
