@@ -84,7 +84,7 @@ def cli(main):
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except UsageError as error:
-        # Most mistakes are seen by all processes: once the first has told, torchrun ends the others.
+        # Most mistakes are seen by all: when the first process has told, torchrun ends the others.
         if ranks()[0]:
             time.sleep(5)
         if ranks()[0] == 0 or torch.distributed.is_initialized():

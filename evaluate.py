@@ -1635,7 +1635,7 @@ def trained_eps(checkpoint, normalized):
 
 def trained_linf(checkpoint):
     """The most by which training's DRA changed a value, in [0, 1] units; None: no bound."""
-    linf = checkpoint["args"].get("linf")
+    linf = checkpoint["args"].get("linf") or None  # 0: no bound
     return units(checkpoint, False) * linf if linf else None
 
 
@@ -2129,7 +2129,7 @@ def print_head(args, checkpoint, nature, record):
 def set_up(args):
     """The torch.device; UsageError for one that this torch does not have."""
     try:
-        device, args.precision = common.set_up(args.device, args.precision)
+        device, args.precision = common.set_up(args.device, args.precision, parallel=False)
     except AttributeError as error:  # a torch without CUDA lacks the functions themselves
         raise common.UsageError(f"--device {args.device}: {error}")
     return device
