@@ -421,7 +421,6 @@ def main():
         row = {"epoch": epoch + 1, "lr": lr, "eps": ratio * args.eps}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
-        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
         if args.val:
             common.seed_stream(args.seed, "validation", epoch)
             with common.autocast(device, run.precision):

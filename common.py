@@ -73,7 +73,12 @@ class UsageError(Exception):
 
 
 begun_runs = []  # paths of this process's runs; the first one is that of --ckpt
-saved_files = []  # what this process has saved so far, for the message after Ctrl-C
+saved_files = []  # what this process has saved so far
+
+
+def what_is_kept():
+    """The end of a message about a run that stops."""
+    return f", {saved_files[-1]} of the epoch before is kept" if saved_files else ""
 
 
 def cli(main):
@@ -1905,8 +1910,7 @@ class Meter:
             step, term = broken[0].tolist()
             raise UsageError(
                 f"{self.names[term]} is {rows[step, term]:.0f} at epoch {self.epoch + 1}, step "
-                f"{self.steps_read + step + 1}: the run ends, what was saved before is kept "
-                "(a lower --lr?)")
+                f"{self.steps_read + step + 1}: the run ends{what_is_kept()} (a lower --lr?)")
         self.total = self.total + sizes @ rows
         self.images = self.images + sizes.sum()
         self.steps_read += len(rows)
@@ -2153,25 +2157,26 @@ class Run:
         told = " ".join(changed) if changed else "all at their defaults"
         print(f"flags: {told}", flush=True)
 
-    def finish_epoch(self, model, optimizer, row, metric=None, method_state=None):
+    def finish_epoch(self, model, optimizer, row, metric=None, method_state=None,
+                     histograms=None):
         """Keep the best weights, save, log and print an epoch.
 
         row: name -> number, with "epoch" counted from 1. metric: the epoch with the highest one is
         the best; the last epoch is where it is None. run.resume.pt alone suffices to go on; it is
-        written last.
+        written last. histograms: name -> tensor, for W&B.
         """
         self.history.append(row)
         state = {name: value.detach().cpu().clone()
                  for name, value in model.net.state_dict().items()}
         if not all(value.isfinite().all() for value in state.values()):
             raise UsageError(f"weights are no longer finite after epoch {row['epoch']}: the run "
-                             "ends, what was saved before is kept (a lower --lr?)")
+                             f"ends{what_is_kept()} (a lower --lr?)")
         last = dict(epoch=row["epoch"], state_dict=state)
         if metric is None or self.best is None or metric > self.best["metric"]:
             self.best = dict(last, metric=metric)
         if self.writes:
             self.save(last, method_state, optimizer)
-            self.log(row)
+            self.log(row, histograms or {})
             self.print_epoch(row)
 
     def save(self, last, method_state, optimizer):
@@ -2205,12 +2210,15 @@ class Run:
             checkpoint["best"] = dict(checkpoint["last"], metric=metric)
             write_beside(path, lambda file: torch.save(checkpoint, file))
 
-    def log(self, row):
+    def log(self, row, histograms):
         """Send an epoch to W&B; what fails there does not stop the run."""
         if not self.wandb:
             return
         try:
-            self.wandb.log(row)
+            import wandb
+            drawn = {name: wandb.Histogram(values.cpu().numpy())
+                     for name, values in histograms.items()}
+            self.wandb.log(row | drawn)
         except Exception as error:
             print(f"W&B failed, logging to local files only: {error}")
             self.wandb = None
@@ -2277,8 +2285,9 @@ def epoch_cells(row, epochs, columns=91):
 def wandb_run(config, script, path, run_id=None):
     """A W&B run, or None. It never asks and never stops a run.
 
-    What fails costs one line and continues offline. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and
-    WANDB_DIR of the environment win.
+    What fails costs one line and continues offline. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY,
+    WANDB_RUN_GROUP and WANDB_DIR of the environment win. Runs that differ in their seed alone, or
+    in other settings of one method, are in one group.
     """
     mode = os.environ.get("WANDB_MODE") or config["wandb"]
     if mode == "disabled":
@@ -2295,11 +2304,13 @@ def wandb_run(config, script, path, run_id=None):
         mode = "online" if has_key else "offline"
     folder = os.environ.get("WANDB_DIR") or path.parent
     project = os.environ.get("WANDB_PROJECT") or "cleanat"
+    parts = [script, config.get("dataset"), config.get("method")]
+    group = os.environ.get("WANDB_RUN_GROUP") or "-".join(part for part in parts if part)
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             settings = wandb.Settings(silent=True, init_timeout=20)
             run = wandb.init(project=project, name=f"{script}-{path.stem}", config=config,
-                             id=run_id, resume="allow", mode=attempt, dir=folder,
+                             group=group, id=run_id, resume="allow", mode=attempt, dir=folder,
                              settings=settings)
             run.define_metric("epoch")
             run.define_metric("*", step_metric="epoch")

@@ -340,7 +340,6 @@ def train_epoch(run, args, updates, model, optimizer, train, epoch, offset, stat
         row["eps"] = 0.0 if clean else eps_at(epoch, adversarial_epochs, args.eps, args.eps_end)
     row |= {f"train/{name}": value for name, value in meter.read().items()}
     row["seconds"] = time.perf_counter() - started
-    row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
     return row
 
 

@@ -428,7 +428,6 @@ def main():
         row = {"epoch": epoch + 1, "lr": lr}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
-        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
         if "train/passes" in row:  # a method with an eps of each image's own
             row["cost/passes"] = row.pop("train/passes")
             row |= eps_row(memory.clamp(min=args.eps_min), train.index)
@@ -442,8 +441,8 @@ def main():
                     model, x, y, args.eps, defaults["step_size"], defaults["attack_steps"],
                     facts["classes"] if defaults["targeted"] else 0))
         metric = row.get("val/clean" if args.method == "clean" else "val/robust")
-        run.finish_epoch(model, optimizer, row, metric=metric,
-                         method_state=dict(state, memory=memory.cpu().clone()))
+        run.finish_epoch(model, optimizer, row, metric, dict(state, memory=memory.cpu()),
+                         histograms={"eps/all": 255 * memory[train.index]})
     run.close()
 
 

@@ -387,7 +387,6 @@ def main():
         row = {"epoch": epoch + 1, "lr": lr}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
-        row["cost/ms_per_batch"] = 1000 * row["seconds"] / steps
         if probe:
             with common.autocast(device, run.precision):
                 row["val/clean"] = common.accuracy(model, val)

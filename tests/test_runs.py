@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 import common
 import evaluate
+import iaat
 import sat_rx
 from conftest import flags_of, random_mnist, run_main
 
@@ -151,7 +153,7 @@ def history_of(path):
     """The lines of a run.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in row.items()
-             if name not in ("seconds", "cost/ms_per_batch")} for row in rows]
+             if name != "seconds"} for row in rows]
 
 
 @pytest.mark.parametrize("script", SHORT_RUNS)
@@ -544,7 +546,8 @@ def test_a_failed_connection_continues_offline(tmp_path, monkeypatch, capsys):
         def define_metric(self, *args, **kwargs):
             pass
 
-    def init(mode, **kwargs):
+    def init(mode, group, **kwargs):
+        assert group == "sat_rx-digits-r2"
         calls.append(mode)
         if mode == "online":
             raise ConnectionError("no route")
@@ -552,10 +555,28 @@ def test_a_failed_connection_continues_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_MODE", "")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    run = common.wandb_run(dict(wandb="auto"), "sat_rx", tmp_path / "run.pt")
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    config = dict(wandb="auto", dataset="digits", method="r2")
+    run = common.wandb_run(config, "sat_rx", tmp_path / "run.pt")
     assert calls == ["online", "offline"]
     assert run.id == "abc"
     assert "no route" in capsys.readouterr().out
+
+
+def test_iaat_sends_every_eps_to_wandb(tmp_path, monkeypatch):
+    """As a histogram over all training images; the summary has the best epoch's numbers."""
+    import wandb
+    rows = []
+    run = SimpleNamespace(id="abc", define_metric=lambda *_, **__: None, log=rows.append,
+                          summary={}, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_main(iaat.main, "iaat.py", *SHORT, "--epochs", 2, "--warmup", 1, "--attack-steps", 1,
+             "--val", 20, "--ckpt", tmp_path / "run.pt")
+    assert [sum(row["eps/all"].histogram) for row in rows] == [100, 100]
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    best = saved["history"][saved["best"]["epoch"] - 1]
+    assert run.summary["best/val/robust"] == best["val/robust"]
 
 
 def test_precision_of_evaluation_is_said(tmp_path, capsys):
