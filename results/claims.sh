@@ -80,3 +80,29 @@ for s in 0 1 2; do
     --k-epochs 1
   row saliency-nt-s$s $sal --method nt --align-epochs 13
 done
+
+# SAT-Rx on MNIST, LeNet+: the ablations at 20 epochs, both FGSM-AT, multi-step baselines, the two
+# sequences of table 9, and three seeds.
+sat="sat_rx.py --dataset mnist --precision bfloat16 --epochs 20"
+ten="--attack-steps 10 --step-size 0.06"
+row sat-r3-1-lr-0.01 $sat --method r3 --lam 0 --lr 0.01
+row sat-r2-1-alpha-0.01 $sat --method r2 --lam 0 --ce-all --rfgsm-alpha 0.01
+row sat-r2-1-alpha-0.15 $sat --method r2 --lam 0 --ce-all --rfgsm-alpha 0.15
+row sat-fgsm-at-fixed $sat --method fgsm-at
+row sat-fgsm-at-random $sat --method fgsm-at --fgsm-eps random
+row sat-pgd-at $sat --method pgd-at $ten
+row sat-trades $sat --method trades $ten
+part="sat_rx.py --dataset mnist --precision bfloat16 --schedule-epochs 20"
+row sat-table9-r1 $part --method r1 --epochs 5
+row sat-table9-r1-r3 $part --method r3 --epochs 15 --schedule-start 5 --init runs/sat-table9-r1.pt
+row sat-table9-r3 $part --method r3 --epochs 15
+row sat-table9-r3-r2 $part --method r2 --epochs 5 --schedule-start 15 --init runs/sat-table9-r3.pt
+for s in 0 1 2; do
+  row sat-r2-s$s $sat --method r2 --seed $s
+  row sat-r3-s$s $sat --method r3 --seed $s
+done
+row sat-r1-1 $sat --method r1 --lam 0 --ce-all
+for s in 0 1 2; do
+  row sat-r1-s$s $sat --method r1 --seed $s
+done
+row atlas-jac-lenet atlas.py --dataset mnist --method jac --precision bfloat16
