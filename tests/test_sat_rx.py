@@ -9,7 +9,7 @@ import torch
 import common
 import evaluate
 import sat_rx
-from conftest import SmallNet, check_slopes, flags_of, method_loss, parse, plain
+from conftest import SmallNet, check_slopes, flags_of, method_loss, parse, plain, run_main
 
 
 def small_net(seed=0):
@@ -68,6 +68,14 @@ def rfgsm_by_formula(model, x, y, args):
     return (noisy + (args.eps - args.rfgsm_alpha) * sign).clamp(0, 1)
 
 
+def truncated_normal(share, eps):
+    """Below which z a share of the |N(0, eps/2)| in [0, eps] is, by the normal's quantiles."""
+    normal = torch.distributions.Normal(0.0, eps / 2)
+    half = torch.tensor(0.5).double()
+    inside = normal.cdf(torch.tensor(eps).double()) - half
+    return normal.icdf(half + share * inside)
+
+
 def baseline_by_formula(model, x, y, args):
     """Section 3.2, image by image."""
     eps = args.eps
@@ -75,6 +83,9 @@ def baseline_by_formula(model, x, y, args):
         return ce(model, x, y).mean()
     if args.method == "fgsm-at":
         half = len(x) // 2
+        if args.fgsm_eps == "random":
+            eps = torch.ones(len(x), 1, 1, 1).double()
+            eps[:half, 0, 0, 0] = truncated_normal(torch.rand(half, dtype=x.dtype), args.eps)
         x_fgsm = (x + eps * sign_of_gradient(model, x, y)).clamp(0, 1)
         return ce(model, torch.cat([x_fgsm[:half], x[half:]]), y).mean()
     if args.method == "rfgsm-at":
@@ -109,7 +120,8 @@ def sat_by_formula(model, x, y, args):
 
 
 METHODS = ["fgsm-at", "rfgsm-at", "eat", "pgd-at", "trades", "r1", "r2", "r3"]
-BASELINES = [("nt",), ("fgsm-at",), ("rfgsm-at",), ("pgd-at", "--attack-steps", "4")]
+BASELINES = [("nt",), ("fgsm-at",), ("fgsm-at", "--fgsm-eps", "random"), ("rfgsm-at",),
+             ("pgd-at", "--attack-steps", "4")]
 REGULARISED = [("r1",), ("r2",), ("r3",), ("r1", "--k", "3", "--attack-steps", "4"),
                ("r2", "--lam", "25")]
 
@@ -164,6 +176,7 @@ def test_a_batch_of_one_and_k_above_it(method, normalize):
     """One image: half of the batch is none, and k is at most one."""
     words = ["--k", "4"] if method == "r1" else []
     words += ["--source", "a.pt"] if method == "eat" else []
+    words += ["--fgsm-eps", "random"] if method == "fgsm-at" else []
     model, x, y, _, loss = small(method, *words, sources=[small_net(seed=1)])
     model.normalize = normalize
     for _ in range(5):  # EAT draws the model or the source
@@ -217,6 +230,22 @@ def test_r3_noise():
     without = small("r3")[4]
     torch.testing.assert_close(ours, without(noised, y)["loss"])
     assert ours != without(x, y)["loss"]
+
+
+def test_the_random_eps_is_a_normal_cut_at_eps():
+    """Its distribution on [0, eps] is (2 Phi(2 e / eps) - 1) / (2 Phi(2) - 1); seeds repeat it."""
+    n = 20_000
+    torch.manual_seed(0)
+    drawn = sat_rx.draw_eps(torch.zeros(n, 1, 1, 1), 8 / 255)
+    torch.manual_seed(0)
+    assert drawn.equal(sat_rx.draw_eps(torch.zeros(n, 1, 1, 1), 8 / 255))
+    drawn = drawn.double().sort().values
+    assert drawn[0] >= 0
+    assert drawn[-1] <= torch.tensor(8 / 255)
+    phi = torch.distributions.Normal(0.0, 1.0).cdf
+    expected = (2 * phi(2 * drawn / (8 / 255)) - 1) / (2 * phi(torch.tensor(2.0).double()) - 1)
+    shares = (torch.arange(n) + 0.5) / n
+    assert (shares - expected).abs().max() < 2 / n ** 0.5  # Kolmogorov-Smirnov: by chance 1 in 1500
 
 
 def test_eat_draws_its_source_per_batch():
@@ -301,6 +330,57 @@ def test_learning_rate():
     assert sat_rx.learning_rate(args, 19, 1) == pytest.approx(0)
 
 
+@pytest.mark.parametrize("schedule", ["paper", "onecycle"])
+def test_parts_of_a_schedule_have_its_rates(schedule):
+    """Table 9's 5 + 15 and 15 + 5 epochs, and a part amid the schedule: bit for bit."""
+    words = ["--dataset", "mnist", "--method", "r2", "--schedule", schedule]
+    whole = flags_of(sat_rx, *words)
+    expected = [sat_rx.learning_rate(whole, epoch, 0.25) for epoch in range(20)]
+    for parts in ((5, 15), (15, 5), (5, 10, 5)):
+        rates = []
+        for epochs in parts:
+            args = flags_of(sat_rx, *words, "--epochs", epochs, "--schedule-start", len(rates),
+                            "--schedule-epochs", 20, "--init", "before.pt")
+            rates += [sat_rx.learning_rate(args, args.schedule_start + epoch, 0.25)
+                      for epoch in range(epochs)]
+        assert rates == expected
+    last = flags_of(sat_rx, *words, "--epochs", 15, "--schedule-start", 5, "--init", "before.pt")
+    assert last.schedule_epochs == 20, "by default the schedule ends with the run"
+
+
+def test_two_parts_train_as_one_run(tmp_path):
+    """Without momentum, which a new run starts at 0, two runs of an epoch are one of two epochs.
+
+    Rates, the order of images, the random eps and what is drawn to watch masking are the same.
+    """
+    def run(name, *words):
+        run_main(sat_rx.main, "sat_rx.py", "--method", "fgsm-at", "--fgsm-eps", "random",
+                 "--dataset", "digits", "--limit", 70, "--val", 16, "--model", "cnn-small",
+                 "--momentum", 0, "--precision", "float32", "--device", "cpu", "--wandb",
+                 "disabled", "--ckpt", tmp_path / name, *words)
+        return common.load_checkpoint(tmp_path / name)
+    whole = run("whole.pt", "--epochs", 2)
+    first = run("first.pt", "--epochs", 1, "--schedule-epochs", 2)
+    second = run("second.pt", "--epochs", 1, "--schedule-start", 1, "--init", tmp_path / "first.pt")
+    for name, weight in whole["last"]["state_dict"].items():
+        assert weight.equal(second["last"]["state_dict"][name])
+    for row, expected in zip(first["history"] + second["history"], whole["history"]):
+        for name in row.keys() - {"epoch", "seconds", "cost/ms_per_batch"}:
+            assert row[name] == expected[name], name
+    rates = [row["lr"] for row in whole["history"]]
+    assert rates == pytest.approx([0.02, 0.02 / 25])
+
+
+def test_parts_that_do_not_fit_the_schedule_are_refused():
+    for words, match in (
+            (["--epochs", 15, "--schedule-start", 6, "--schedule-epochs", 20, "--init", "a.pt"],
+             "--schedule-epochs 20 is too short: this run ends with epoch 21"),
+            (["--epochs", 5, "--schedule-epochs", 4], "--schedule-epochs 4 is too short"),
+            (["--epochs", 15, "--schedule-start", 5], "--schedule-start 5 needs --init")):
+        with pytest.raises(common.UsageError, match=match):
+            flags_of(sat_rx, *words)
+
+
 def test_masking_signals_tell_a_masked_network():
     """The gradient points the wrong way at x and right after a step: FGSM fails, PGD does not."""
     class Kinked(torch.nn.Module):
@@ -350,6 +430,7 @@ def test_flags_that_do_nothing_are_refused():
                   ["--method", "r2", "--attack-steps", "3"],
                   ["--method", "r1", "--eps-low", "1/255"],
                   ["--method", "r3", "--source", "a.pt"],
+                  ["--method", "eat", "--source", "a.pt", "--fgsm-eps", "random"],
                   ["--method", "nt", "--rfgsm-alpha", "1/255"]):
         with pytest.raises(common.UsageError, match="has no use for"):
             flags_of(sat_rx, *words)
