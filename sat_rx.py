@@ -150,7 +150,7 @@ def nt_loss(model, x, y):
 def draw_eps(x, eps):
     """A random eps per image, (m,): |N(0, eps/2)|, given that it is at most eps.
 
-    Kurakin et al. 2017, "Adversarial Machine Learning at Scale", section 3.
+    After Kurakin et al. 2017, "Adversarial Machine Learning at Scale".
     """
     # P(|N(0, eps/2)| <= z) = erf(z / (sqrt(2) eps/2)): a uniform share of erf(sqrt(2)), inverted
     share = common.drawn_like(x[:, 0, 0, 0], lambda values: values.uniform_())
