@@ -298,9 +298,9 @@ def parse(losses, argv=None):
     common.shared_flags(parser, dataset="cifar10")
     method_flags(parser.add_argument_group("method").add_argument, losses)
     guide_flags(parser.add_argument_group("validation and schedule").add_argument)
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses,
-                                               always=("eps", "step_size"))
-    refuse_contradictions(args, common.given_flags(parser, argv).keys())
+    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses,
+                                                      always=("eps", "step_size"))
+    refuse_contradictions(args, given)
     return args, facts, defaults
 
 

@@ -285,12 +285,13 @@ def wandb_flag(flag):
 
 
 def parse_flags(parser, argv, settings, losses, always=("eps",)):
-    """(flags, facts, defaults) of a training script.
+    """(flags, facts, defaults, given) of a training script.
 
     flags: a Namespace. A flag that is not given has its default from `parser`, or else from
         settings(flags, facts), which sees None where neither has a value.
     facts: the data set's, see `dataset_facts`.
     defaults: name -> what the flag is where it is not given.
+    given: the names of the flags that the command line itself gives, be it their default.
     losses: the script's dictionary, method -> lambda, or a list of them. A flag belongs to the
         methods whose lambda contains args.NAME; a function that the lambda calls is not searched.
 
@@ -318,7 +319,10 @@ def parse_flags(parser, argv, settings, losses, always=("eps",)):
             raise UsageError(f"--method {flags.method} reads --{name.replace('_', '-')}, which "
                              f"has no default for it on {flags.dataset}: give the flag, or put "
                              "a value into PAPER")
-    return flags, facts, defaults
+    if flags.batch_size < ranks()[1]:
+        raise UsageError(f"--batch-size {flags.batch_size} is for all {ranks()[1]} processes "
+                         "together")
+    return flags, facts, defaults, given.keys()
 
 
 def check_paths(flags):
@@ -428,7 +432,7 @@ def open_device(name):
             if device.index is not None:
                 torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}")
     return device
 

@@ -203,9 +203,9 @@ def parse(losses, argv=None):
     parser = common.Parser(__doc__)
     common.shared_flags(parser, dataset="cifar10")
     method_flags(parser.add_argument_group("method").add_argument, losses)
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses,
-                                               always=("eps", "epochs"))
-    check_flags(args, common.given_flags(parser, argv).keys())
+    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses,
+                                                      always=("eps", "epochs"))
+    check_flags(args, given)
     return args, facts, defaults
 
 

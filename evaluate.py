@@ -357,7 +357,8 @@ def rays(model, x, y, a, labels):
         if block >= 0:
             trial[:, block * size:(block + 1) * size] *= -1
         better = broken(rows, trial, radius[rows])
-        rows, trial = rows[better], trial[better]
+        rows = rows[better]
+        trial = trial[better]
         sign[rows] = trial
         radius[rows] = shortest_way(broken, rows, trial, radius[rows])
         block += 1
@@ -901,7 +902,8 @@ def judge(model, x, y, x_adv, attack):
     if not (x_adv.amin() >= 0 and x_adv.amax() <= 1):
         raise AssertionError(f"{attack.name} left [0, 1]")
     bounded = ATTACKS[attack.kind].norm in ("linf", "none")
-    if bounded and not linf.max() <= (attack.eps or 0) + 1e-6:
+    eps = attack.eps or 0  # clean has none
+    if bounded and not linf.max() <= eps + 1e-6:
         raise AssertionError(f"{attack.name} left its ball: {linf.max()} is above {attack.eps}")
     logits = logits_of(model, x_adv)
     bad = (~logits.isfinite().all(1)).sum().item()
@@ -1431,7 +1433,8 @@ def draw_extremes(panels, scene, train, memory):
         with common.model_mode(scene.model, "eval"):
             x_adv = run_pgd(scene.model, x, y, attack, None)
             wrong = logits_of(scene.model, x_adv).argmax(1)
-        above, below = panels[2 * line], panels[2 * line + 1]
+        above = panels[2 * line]
+        below = panels[2 * line + 1]
         for column in range(len(rows)):
             show(above[column], x[column])
             above[column].set_title(f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
@@ -1969,7 +1972,10 @@ def measure(model, task, corrupted, args, record, notes):
     It is saved as it goes, and goes on. corrupted: the files of `corruptions`.
     """
     anew = args.overwrite or args.save_adv
-    outcome, facts, spent, warnings = None, None, 0.0, []
+    outcome = None
+    facts = None
+    spent = 0.0
+    warnings = []
     if not anew:
         outcome, facts, spent, warnings = record.find(task.settings)
     if outcome:
@@ -2126,15 +2132,6 @@ def print_head(args, checkpoint, nature, record):
         print("the last step of each restart is judged alone")
 
 
-def set_up(args):
-    """The torch.device; UsageError for one that this torch does not have."""
-    try:
-        device, args.precision = common.set_up(args.device, args.precision, parallel=False)
-    except AttributeError as error:  # a torch without CUDA lacks the functions themselves
-        raise common.UsageError(f"--device {args.device}: {error}")
-    return device
-
-
 def main():
     """Evaluate; out of memory on a CPU ends in one line, too."""
     try:
@@ -2147,7 +2144,7 @@ def main():
 
 def run():
     args = parse()
-    device = set_up(args)
+    device, args.precision = common.set_up(args.device, args.precision, parallel=False)
     classifier, checkpoint = open_checkpoint(args, device)
     if args.export:
         refuse_unwritable(args.export, "--export")

@@ -276,7 +276,8 @@ def settings(flags, facts):
     if table["batch_size"] is None:
         table["batch_size"] = 32 * common.ranks()[1]
     if table["lr"] is None:
-        table["lr"] = 0.1 * (flags.batch_size or table["batch_size"]) / 256
+        batch_size = flags.batch_size or table["batch_size"]
+        table["lr"] = 0.1 * batch_size / 256
     if table["select_steps"] is None:
         table["select_steps"] = flags.attack_steps or table["attack_steps"]
     table["eps_start"] = "0" if flags.eps_rule == "authors" else "eps-w"
@@ -316,17 +317,14 @@ def parse(losses, argv=None):
     parser = common.Parser(__doc__)
     common.shared_flags(parser, dataset="cifar10")
     method_flags(parser.add_argument_group("method").add_argument, losses)
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
-    if args.batch_size < common.ranks()[1]:
-        raise common.UsageError(f"--batch-size {args.batch_size} is for all {common.ranks()[1]} "
-                                "processes together")
+    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
     if args.method in ("iaat", "line-search") and args.warmup > args.epochs:
         raise common.UsageError(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
     if args.eps_start != defaults["eps_start"] and (args.method != "iaat" or args.warmup):
         raise common.UsageError("--eps-start is for --method iaat with --warmup 0")
     if args.eps_min > args.eps:
         raise common.UsageError(f"--eps-min is above --eps {common.shown(args.eps)}")
-    if args.schedule == "onecycle" and "lr_warmup" in common.given_flags(parser, argv):
+    if args.schedule == "onecycle" and "lr_warmup" in given:
         raise common.UsageError("--lr-warmup is for --schedule paper")
     if args.method == "line-search" and args.gamma > 4 * args.eps:
         raise common.UsageError(f"--gamma: the grid ends at 4 eps, {common.shown(4 * args.eps)}")

@@ -131,8 +131,9 @@ def r3_loss(model, x, y, eps, lam, eps_low, tau, rfgsm_alpha=0.0, ce_all=False, 
     g_high, g_low = logits.split(len(x))
     loss_high = common.cross_entropy(g_high, y).mean()
     loss_low = common.cross_entropy(g_low, y).mean()
-    reg = loss_low - tau * loss_high
-    reg = reg * (common.joint_mean(reg.detach(), x) > 0)  # max(0, reg) of all processes' images
+    excess = loss_low - tau * loss_high
+    exceeds = common.joint_mean(excess.detach(), x) > 0  # on the images of all processes
+    reg = torch.where(exceeds, excess, 0 * excess)
     terms = dict(loss=loss_high + lam * reg, loss_high=loss_high, loss_low=loss_low, reg=reg)
     if ce_all:
         ce = common.cross_entropy(logits, torch.cat([y, y])).mean()
@@ -246,7 +247,8 @@ def settings(flags, facts):
     """The defaults for the data set, the method and eps of the command line."""
     table = common.table_settings(PAPER, flags, facts,
                                   with_eps=("eps_low", "rfgsm_alpha", "step_size"))
-    table["schedule_epochs"] = flags.schedule_start + (flags.epochs or table["epochs"])
+    epochs = flags.epochs or table["epochs"]
+    table["schedule_epochs"] = flags.schedule_start + epochs
     return table
 
 
@@ -256,8 +258,8 @@ def parse(losses, argv=None):
     common.shared_flags(parser, dataset="cifar10")
     method_flags(parser.add_argument_group("method").add_argument, losses)
     schedule_flags(parser.add_argument_group("part of a longer schedule").add_argument)
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
-    refuse_contradictions(args, common.given_flags(parser, argv).keys())
+    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
+    refuse_contradictions(args, given)
     return args, facts, defaults
 
 

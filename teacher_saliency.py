@@ -491,10 +491,10 @@ def parse(losses, argv=None):
     flag("--input-noise", type=common.number(0, 1), default=0.0, help="half-width of uniform noise "
          "on the images of student and teacher, in [0, 1] units (%(default)s)")
     teacher_flags(parser.add_argument_group("teacher").add_argument)
-    args, facts, defaults = common.parse_flags(parser, argv, settings, losses)
+    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
     if args.init and not args.teacher and args.method != "nt":
         args.teacher = teacher_beside(args.init)
-    check(args, common.given_flags(parser, argv).keys())
+    check(args, given)
     return args, facts, defaults
 
 

@@ -26,13 +26,13 @@ train() {  # NAME SCRIPT FLAGS...: OUT/NAME.pt, its log beside it
 }
 
 clone() {  # COMMIT: the folder of its code, in which data/ and runs/ are ours
-  local code=$out/code-$1
+  local code=$out/code-$1 part=$out/code-$1.$$
   if [ ! -d "$code" ]; then
-    git clone --quiet . "$code.part"
-    git -C "$code.part" checkout --quiet "$1"
-    ln -s "$data" "$code.part/data"
-    ln -s "$out" "$code.part/runs"
-    mv "$code.part" "$code"
+    git clone --quiet . "$part"
+    git -C "$part" checkout --quiet "$1"
+    ln -s "$data" "$part/data"
+    ln -s "$out" "$part/runs"
+    mv -T "$part" "$code" 2> /dev/null || rm -rf "$part"  # another list was faster
   fi
   echo "$code"
 }
