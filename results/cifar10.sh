@@ -9,7 +9,7 @@ set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") what=$3
 shift 3
 cd "$(dirname "$0")/.."
-commit=f612072
+commit=5fe4c55
 source results/queue.sh
 budget="--dataset cifar10 --model wrn-16-2 --normalize none --val 1000
   --batch-size 128 --momentum 0.9 --weight-decay 5e-4 --eps 8/255 --schedule onecycle

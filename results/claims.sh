@@ -8,7 +8,7 @@ data=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 wanted=" $* "
 cd "$(dirname "$0")/.."
-commit=f612072
+commit=5fe4c55
 source results/queue.sh
 
 row() {  # NAME SCRIPT FLAGS...: trained where its name, or the part that it begins with, is wanted
