@@ -1683,11 +1683,18 @@ def load_init(model, path):
     return checkpoint
 
 
+def copy_of_weights(net):
+    """A network's state_dict on the CPU; what is no tensor (get_extra_state) stays as it is."""
+    return {name: value.detach().cpu().clone() if torch.is_tensor(value) else value
+            for name, value in net.state_dict().items()}
+
+
 # Where files keep a state_dict, the first that fits is taken. Names that are not here come last.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module",
             "ema", "ema_state_dict", "state_dict_ema", "model_ema", "params", "weights")
 # Numbers that a network may lack, or have beside its weights: BatchNorm's and averages' counters.
 COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
+EXTRA = "_extra_state"  # torch's name for what get_extra_state keeps
 
 
 def load_weights(model, content, path):
@@ -1729,37 +1736,41 @@ def renamed(state, own):
     """`state` under the names of `own`, a network's state_dict, or None where they do not fit.
 
     DistributedDataParallel's and torch.compile's parts of names count for nothing. A prefix that
-    all names of one side share is left out. Counters may be missing, or too many.
+    all names of one side share is left out. Counters may be missing, or too many. A file may lack
+    what get_extra_state keeps.
     """
     if state.keys() == own.keys():
         return state
-    given = without_wrappers(state)
-    wanted = without_wrappers(own)
+    optional = COUNTERS
+    if not any(last_part(name) == EXTRA for name in state):
+        optional = (*COUNTERS, EXTRA)
+    given = without_wrappers(state, optional)
+    wanted = without_wrappers(own, optional)
     if given is None or wanted is None:
         return None
+    kept = {name: state.get(name, value) for name, value in own.items()
+            if last_part(name) in optional}
     for names in (given, *shorter(given)):
         if names.keys() == wanted.keys():
-            return {wanted[name]: state[old] for name, old in names.items()} | counters(own, state)
+            return {wanted[name]: state[old] for name, old in names.items()} | kept
     for names in shorter(wanted):
         if names.keys() == given.keys():
-            return {names[name]: state[old] for name, old in given.items()} | counters(own, state)
+            return {names[name]: state[old] for name, old in given.items()} | kept
     return None
 
 
-def is_counter(name):
-    return str(name).rpartition(".")[2] in COUNTERS
+def last_part(name):
+    return str(name).rpartition(".")[2]
 
 
-def counters(own, state):
-    """The counters of a network: name -> tensor; those of the file where the names are the same."""
-    return {name: state.get(name, value) for name, value in own.items() if is_counter(name)}
+def without_wrappers(state, optional):
+    """{name without `module` and `_orig_mod`: name in `state`}; None where two would be one.
 
-
-def without_wrappers(state):
-    """{name without `module` and `_orig_mod`: name in `state`}; None where two would be one."""
+    optional: last parts of names that are left out.
+    """
     names = {}
     for name in state:
-        if is_counter(name):
+        if last_part(name) in optional:
             continue
         parts = [part for part in str(name).split(".") if part not in ("module", "_orig_mod")]
         short = ".".join(parts)
@@ -2170,9 +2181,9 @@ class Run:
         written last. histograms: name -> tensor, for W&B.
         """
         self.history.append(row)
-        state = {name: value.detach().cpu().clone()
-                 for name, value in model.net.state_dict().items()}
-        if not all(value.isfinite().all() for value in state.values()):
+        state = copy_of_weights(model.net)
+        tensors = [value for value in state.values() if torch.is_tensor(value)]
+        if not all(value.isfinite().all() for value in tensors):
             raise UsageError(f"weights are no longer finite after epoch {row['epoch']}: the run "
                              f"ends{what_is_kept()} (a lower --lr?)")
         last = dict(epoch=row["epoch"], state_dict=state)

@@ -298,8 +298,7 @@ def state_at_start(args, model, train, val, second):
     if second and args.val:
         state["before"] = common.accuracy(model, val)
     if second and args.attacked == "first-phase":
-        state["first_phase"] = {name: value.cpu().clone()
-                                for name, value in model.net.state_dict().items()}
+        state["first_phase"] = common.copy_of_weights(model.net)
     return state
 
 

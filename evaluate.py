@@ -721,8 +721,8 @@ def probe(model, test, classes, name, precision="float32"):
             raise common.UsageError(f"{name}: its logits are not finite on {bad} of {len(x)} "
                                     "clean images: it cannot be judged")
         refuse_without_gradient(model, x, name)
-        low = precision == "bfloat16" or next(iter(model.state_dict().values()),
-                                              x).dtype in (torch.float16, torch.bfloat16)
+        own = next(model.parameters(), x).dtype
+        low = precision == "bfloat16" or own in (torch.float16, torch.bfloat16)
         passes = [logits_of(model, x) for _ in range(3)]
         randomised = any(differ(logits, other, 1e-5) for other in passes)
         dependent = not randomised and depends_on_batch(model, x, logits, 0.05 if low else 1e-3)
@@ -1601,7 +1601,7 @@ def results(checkpoint, outcomes, device):
 def export(path, checkpoint, weights):
     """A float16 checkpoint of one set of weights, under `best`; it is read like any other."""
     state = checkpoint[weights]["state_dict"]
-    half = {name: value.half() if value.is_floating_point() else value
+    half = {name: value.half() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in state.items()}
     best = dict(checkpoint[weights], metric=checkpoint[weights].get("metric"), state_dict=half)
     saved = dict(checkpoint, best=best, last=None, method_state=None)

@@ -411,8 +411,8 @@ def get_teacher(args, defaults, facts, precision, path, train, val):
     own.init = None
     own.input_noise = 0.0
     if args.teacher:
-        given, checkpoint = common.load_model(args.teacher, "best", device,
-                                              architecture=args.model)
+        given, checkpoint = common.load_model(args.teacher, "best", device, foreign_facts=facts,
+                                              architecture=args.model, normalize=args.normalize)
         if same_task(checkpoint, args, facts):
             return given.eval().requires_grad_(False)
         if Path(args.teacher).resolve() == path.resolve():
