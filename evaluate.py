@@ -1598,14 +1598,16 @@ def results(checkpoint, outcomes, device):
                 outcomes=outcomes, history=history)
 
 
-def export(path, checkpoint, weights):
-    """A float16 checkpoint of one set of weights, under `best`; it is read like any other."""
-    state = checkpoint[weights]["state_dict"]
+def export(args, checkpoint):
+    """Write --export: one set of weights in float16, as the best; it is read like any other run."""
+    refuse_unwritable(args.export, "--export")
+    kept = checkpoint[args.weights]
     half = {name: value.half() if torch.is_tensor(value) and value.is_floating_point() else value
-            for name, value in state.items()}
-    best = dict(checkpoint[weights], metric=checkpoint[weights].get("metric"), state_dict=half)
+            for name, value in kept["state_dict"].items()}
+    best = dict(kept, metric=kept.get("metric"), state_dict=half)
     saved = dict(checkpoint, best=best, last=None, method_state=None)
-    common.write_beside(path, lambda file: torch.save(saved, file))
+    common.write_beside(args.export, lambda file: torch.save(saved, file))
+    print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
 
 
 # ---------------------------------------------------------------------------------------- opening
@@ -1863,13 +1865,14 @@ def print_rows(columns, rows):
 
 
 def print_verdict(findings, nature):
-    """The findings, a line each, and the verdict; returns how many tests fail."""
+    """The findings, a line each, and the verdict; returns the verdict."""
     print("\nsanity:")
     words = {True: "passed", False: "FAILED", None: "  -   "}
     for finding in findings:
         print(f"  {words[finding.passed]}  {finding.sign}: {finding.text}")
-    print(verdict(findings, nature))
-    return sum(finding.passed is False for finding in findings)
+    line = verdict(findings, nature)
+    print(line)
+    return line
 
 
 def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
@@ -1893,7 +1896,9 @@ def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
         if baseline:
             above = curve_of(baseline, look, facts, "fgsm", [eps], batch_size, 0)[0][0]
         findings = sanity(curve, unattacked, nature, eps, outcomes, above)
-        numbers["sanity_failures"] = print_verdict(findings, nature)
+        numbers["verdict"] = print_verdict(findings, nature)
+        numbers["sanity_failures"] = sum(finding.passed is False for finding in findings)
+        numbers["findings"] = [finding._asdict() for finding in findings]
         notes = {note for outcome in outcomes for note in outcome.get("warnings", [])}
         for note in sorted(notes):
             print(f"AutoAttack notes: {note}")
@@ -2090,7 +2095,8 @@ def log_to_wandb(args, checkpoint, record, outcomes, numbers, paths):
             name = f"eval/{outcome['attack']}"
             run.summary.update({name: outcome["accuracy"], f"{name}/low": low,
                                 f"{name}/high": high})
-        run.summary.update({f"eval/{name}": value for name, value in numbers.items()})
+        run.summary.update({f"eval/{name}": value for name, value in numbers.items()
+                            if name != "findings"})
         if paths:
             run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
         run.finish()
@@ -2142,26 +2148,52 @@ def main():
         raise common.UsageError("out of memory: try a smaller --batch-size")
 
 
+def open_record(args, checkpoint):
+    """(Record of this checkpoint's networks, sha256 of the weights that are evaluated)."""
+    shas = {weights: weights_sha256(checkpoint[weights]["state_dict"])
+            for weights in ("best", "last") if checkpoint[weights]}
+    path, _ = common.path_and_model(args.ckpt)
+    return Record(path, shas.values(), record_stem(args)), shas[args.weights]
+
+
+def radii(args, checkpoint, facts):
+    """(eps of the attacks, eps of dra or None), in the units that --normalized-eps asks for."""
+    eps, mean_eps = trained_eps(checkpoint, args.normalized_eps)
+    if args.eps:
+        return args.eps, args.eps
+    return facts["eps"] if args.protocol else eps, mean_eps
+
+
+def open_baseline(args, facts, device):
+    """The network of --baseline, or None."""
+    if not args.baseline:
+        return None
+    return common.load_model(args.baseline, device=device, facts=facts,
+                             architecture=asked_model(args), normalize=args.normalize)[0]
+
+
+def write_results(args, checkpoint, record, numbers, device):
+    """The file of --results: all outcomes on record of these weights, and the verdict."""
+    kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
+    content = results(checkpoint, kept, device)
+    content.update({name: numbers[name] for name in ("verdict", "findings") if name in numbers})
+    write_json(args.results, content)
+
+
 def run():
     args = parse()
     device, args.precision = common.set_up(args.device, args.precision, parallel=False)
     classifier, checkpoint = open_checkpoint(args, device)
     if args.export:
-        refuse_unwritable(args.export, "--export")
-        export(args.export, checkpoint, args.weights)
-        print(f"{args.export}: the {args.weights} weights of {args.ckpt} in float16")
+        export(args, checkpoint)
         return
     facts = common.checkpoint_facts(checkpoint)
     if args.alignment and facts["classes"] > 100:
         raise common.UsageError(f"--alignment takes every logit's gradient: {facts['name']} has "
                                 "too many classes")
-    shas = {weights: weights_sha256(checkpoint[weights]["state_dict"])
-            for weights in ("best", "last") if checkpoint[weights]}
-    record = Record(common.path_and_model(args.ckpt)[0], shas.values(), record_stem(args))
+    record, sha = open_record(args, checkpoint)
     model = BatchStatistics(classifier) if args.bn_mode == "train" else classifier
-    eps, mean_eps = trained_eps(checkpoint, args.normalized_eps)
-    eps = args.eps or (facts["eps"] if args.protocol else eps)
-    mean_eps = args.eps or mean_eps
+    eps, mean_eps = radii(args, checkpoint, facts)
     args.p = checkpoint["args"].get("p", 1 / 3) if args.p is None else args.p
 
     few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
@@ -2177,20 +2209,15 @@ def run():
     if any(attack.kind == "corruptions" for attack, _, _ in todo):
         corrupted = corruption_paths(facts["name"], args.data_dir)
     surrogates = open_surrogates(args, facts, device, look, record)
-    baseline = None
-    if args.baseline:
-        baseline, _ = common.load_model(args.baseline, device=device, facts=facts,
-                                        architecture=asked_model(args),
-                                        normalize=args.normalize)
-    shared = shared_settings(args, checkpoint, nature, shas[args.weights])
+    baseline = open_baseline(args, facts, device)
+    shared = shared_settings(args, checkpoint, nature, sha)
     lines = tasks(args, todo, facts, device, shared, surrogates, nature)
 
     print_head(args, checkpoint, nature, record)
     outcomes = run_tasks(args, model, lines, eps, corrupted, record, facts)
     numbers, paths = print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline)
     if args.results:
-        kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
-        write_json(args.results, results(checkpoint, kept, device))
+        write_results(args, checkpoint, record, numbers, device)
     if args.protocol not in (None, "common", "table"):
         print_protocol(args.protocol, facts["name"], outcomes)
     log_to_wandb(args, checkpoint, record, outcomes, numbers, paths)
