@@ -1005,15 +1005,16 @@ def corruptions(model, paths, test, batch_size):
 
 # ------------------------------------------------------------------------------------ the verdict
 
-# Signs of masked gradients. Points of accuracy are shares. Measured on named networks: see
-# tests/test_verdict.py and results/.
+# Signs of masked gradients. Points of accuracy are shares. The networks on which these bounds were
+# measured are in results/verdict-*.json, what they showed in results/README.md.
 RADII = (0.25, 0.5, 0.75, 1, 1.5, 2, 3)  # multiples of eps
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200)
 RISE = 0.15  # FGSM accuracy may rise by so much between two radii up to eps
 FALL = 0.5  # the mean loss along the gradient's sign may fall to this share of its highest
 DEAD = 0.05  # so many images may hold under PGD without a gradient to follow
 FAR_ABOVE = 0.2  # of the baseline's FGSM accuracy
-NOTHING = 1 / 3  # PGD leaves next to nothing: at most this share of what FGSM leaves
+BLACK_BOX_ATTACK = "rays-1000"  # the black-box attack of every verdict
+BLACK_BOX_IMAGES = 200
 
 
 class Finding(NamedTuple):
@@ -1036,8 +1037,9 @@ def curve_of(model, test, facts, name, radii, batch_size, seed, stop=False):
 def curves(model, test, facts, eps, batch_size, seed, stop=True, figures=False):
     """What the verdict looks at; figures: and what they show. stop: of noise, see `evaluate`.
 
-    Accuracy and mean loss of FGSM as eps grows (SAT-Rx figs. 5, 8, 9), of PGD-40 at eps and at 1,
-    of noise at eps. figures: of PGD-40 at every radius, and accuracy as PGD's steps grow (fig. 7).
+    Accuracy and mean loss of FGSM as eps grows (SAT-Rx figs. 5, 8, 9), of PGD-40 at eps and at 1;
+    accuracy under noise at eps. figures: of PGD-40 at every radius, and accuracy as PGD's steps
+    grow (fig. 7).
     """
     radii = sorted({min(1.0, factor * eps) for factor in RADII} | {1.0})
     here = radii.index(min(1.0, eps))
@@ -1057,6 +1059,13 @@ def curves(model, test, facts, eps, batch_size, seed, stop=True, figures=False):
         table["pgd_at_1"], = curve("pgd-40", [1.0])
     table["noise"] = curve("noisex100", [eps], stop)[0][0]
     return table
+
+
+def black_box(model, test, facts, eps, seed):
+    """(accuracy under the verdict's black-box attack, number of images)."""
+    test = test.take(torch.arange(min(BLACK_BOX_IMAGES, len(test.labels))))
+    found, = curve_of(model, test, facts, BLACK_BOX_ATTACK, [eps], len(test.labels), seed)
+    return found[0], len(test.labels)
 
 
 def dead_flags(model, test, batch_size):
@@ -1117,8 +1126,10 @@ def sanity(curve, unattacked, nature, eps, outcomes, baseline=None):
         Finding("batch-dependent", not nature.batch_dependent, "an image alone and in a batch"),
         Finding("clean accuracy at chance", not nature.at_chance, f"{percent(nature.accuracy)} % "
                 f"of {nature.n} images")]
+    findings.append(black_box_finding(curve))
     findings += black_box_findings([outcome for outcome in outcomes if outcome["eps"] == eps])
-    return findings + [baseline_finding(accuracies[-1], pgd, baseline, curve["n"])]
+    return findings + [baseline_finding(accuracies[-1], pgd, baseline, curve["n"],
+                                       chance)]
 
 
 def noise_is_weaker(curve):
@@ -1127,12 +1138,26 @@ def noise_is_weaker(curve):
     return low <= curve["noise"]
 
 
-def baseline_finding(fgsm, pgd, baseline, n):
-    """FGSM accuracy far above an undefended network's, where PGD leaves nothing."""
+def black_box_finding(curve):
+    """The verdict's own black-box attack leaves no less than PGD-40 does, chance set aside."""
+    sign = "black-box beats white-box"
+    if "black_box" not in curve:
+        return Finding(sign, None, f"{BLACK_BOX_ATTACK}: not tested, logits depend on more than "
+                       "the image")
+    left, n = curve["black_box"]
+    low, _ = wilson(curve["pgd"][0], curve["n"])
+    _, high = wilson(left, n)
+    return Finding(sign, low <= high, f"PGD-40 {percent(curve['pgd'][0])} %, {BLACK_BOX_ATTACK} "
+                   f"{percent(left)} % of {n} images")
+
+
+def baseline_finding(fgsm, pgd, baseline, n, chance):
+    """FGSM accuracy far above an undefended network's, where PGD leaves no more than chance."""
     sign = "FGSM far above the baseline's"
     if baseline is None:
         return Finding(sign, None, "not tested: --baseline CKPT, an undefended network")
-    masked = pgd <= NOTHING * fgsm and wilson(fgsm, n)[0] > baseline + FAR_ABOVE
+    nothing_left = wilson(pgd, n)[0] <= chance
+    masked = nothing_left and wilson(fgsm, n)[0] > baseline + FAR_ABOVE
     return Finding(sign, not masked, f"{percent(fgsm)} %, the baseline's {percent(baseline)} %, "
                    f"PGD-40 {percent(pgd)} %")
 
@@ -1892,6 +1917,8 @@ def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
         curve = curves(model, look, facts, eps, batch_size, args.seed, stop, bool(args.plots))
     if args.sanity:
         unattacked = held_without_gradient(model, look, facts, eps, batch_size, args.seed, stop)
+        if stop:
+            curve["black_box"] = black_box(model, look, facts, eps, args.seed)
         above = None
         if baseline:
             above = curve_of(baseline, look, facts, "fgsm", [eps], batch_size, 0)[0][0]

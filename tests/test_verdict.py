@@ -262,18 +262,24 @@ def outcome(attack, accuracy, **more):
     return dict(dict(attack=attack, kind=kind, eps=0.1, n=400, accuracy=accuracy), **more)
 
 
-def findings(fgsm, pgd=0.0, losses=None, outcomes=(), **options):
-    """sign -> passed, for a made-up curve: FGSM accuracy at 0, eps / 4 ... eps."""
+def findings(fgsm, pgd=0.0, losses=None, outcomes=(), listed=False, **options):
+    """sign -> passed, for a made-up curve: FGSM accuracy at 0, eps / 4 ... eps.
+
+    listed: sign -> all its findings; else the first of each.
+    """
     losses = losses or [1 - accuracy for accuracy in fgsm]
     curve = dict(fgsm=list(zip(fgsm, losses)), at_eps=len(fgsm) - 1, n=400, pgd=(pgd, 2.0),
-                 pgd_at_1=(options.pop("at_1", 0.0), 9.0), noise=options.pop("noise", 0.95))
+                 pgd_at_1=(options.pop("at_1", 0.0), 9.0), noise=options.pop("noise", 0.95),
+                 black_box=(options.pop("black_box", 0.9), 200))
     nature = options.pop("nature", evaluate.Nature(n=400, classes=10))
     found = evaluate.sanity(curve, options.pop("unattacked", 0.0), nature, 0.1, list(outcomes),
                             options.pop("baseline", None))
     result = {}
     for finding in found:
         result.setdefault(finding.sign, []).append(finding.passed)
-    return {sign: passed[0] if len(passed) == 1 else passed for sign, passed in result.items()}
+    if listed:
+        return result
+    return {sign: passed[0] for sign, passed in result.items()}
 
 
 def test_signs_of_masking():
@@ -296,6 +302,9 @@ def test_signs_of_masking():
     assert findings(falling, baseline=0.02)[above] is False
     assert findings(falling, baseline=0.15)[above] is True
     assert findings(falling, pgd=0.25, baseline=0.02)[above] is True, "PGD leaves something"
+    blind = "black-box beats white-box"
+    assert findings(falling, pgd=0.9, black_box=0.5)[blind] is False
+    assert findings(falling, pgd=0.9, black_box=0.85)[blind] is True, "of 200 images it is chance"
 
 
 def test_black_box_beats_white_box():
@@ -305,7 +314,9 @@ def test_black_box_beats_white_box():
     white = outcome("pgd-20", 0.5)
 
     def found(*outcomes):
-        return findings(fgsm, outcomes=outcomes).get(sign)
+        own, *others = findings(fgsm, outcomes=outcomes, listed=True)[sign]
+        assert own is True, "the verdict's own attack"
+        return others[0] if others else None
     assert found(white, outcome("rays-900", 0.3)) is False
     assert found(white, outcome("square", 0.3)) is False
     assert found(white, outcome("rays-900", 0.48)) is True
