@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -367,21 +368,28 @@ def test_intervals_are_in_the_outcome_and_the_table(look):
     assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 100
 
 
-def test_autoattacks_parts_are_the_packages(theirs, look):
+def test_autoattacks_parts_are_the_packages(theirs, look, tmp_path):
     """apgd-ce, apgd-t, fab-t and square by name: sample by sample as the package alone."""
     from pyautoattack import AutoAttack
     parts = ["apgd-ce", "apgd-t", "fab-t", "square"]
-    outcomes, _ = look("Plain", "--attacks", ",".join(parts), "--limit", 2, "--seed", 3)
-    test = evaluate.load_test(DIGITS, "data", 2, "cpu")
+    outcomes, _ = look("Plain", "--attacks", ",".join(parts), "--limit", 8, "--seed", 3)
+    facts = np.load(tmp_path / "Plain.npz")
+    test = evaluate.load_test(DIGITS, "data", 8, "cpu")
     x = common.to_float(test.images).contiguous()
     net = common.imported_net(f"{theirs}/nets.py:Plain", 10)
     net.load_state_dict(torch.load(theirs / "weights.pt", weights_only=True))
+    seen = set()
     for part in parts:
         adversary = AutoAttack(net.eval(), eps=0.05, seed=3)
         adversary.attacks_to_run = [part]
-        x_adv, _ = adversary.run_standard_evaluation(x, test.labels, batch_size=2)
-        expected = (net(x_adv).argmax(1) == test.labels).double().mean().item()
-        assert outcomes[part]["accuracy"] == expected
+        x_adv, _ = adversary.run_standard_evaluation(x, test.labels, batch_size=8)
+        expected = (net(x_adv).argmax(1) == test.labels).tolist()
+        ours = facts[outcomes[part]["key"]]
+        assert (ours[:, 0] == 1).tolist() == expected
+        largest = (x_adv - x).abs().flatten(1).amax(1)
+        assert torch.equal(torch.from_numpy(ours[:, 1]), largest), "the very same images"
+        seen.update(expected)
+    assert seen == {True, False}
 
 
 def test_deepfool_in_linf_fails_above_its_radius(look):
