@@ -28,23 +28,24 @@ import common
 # change per value; of PGD from scratch table I's. Either falls to eps_end_share of itself. The last
 # clean_share of the epochs is clean. pgd_ratio: at this multiple of DRA's eps a vanilla network
 # keeps the same accuracy under PGD (section V.C); validation uses it. p: the share of values that
-# DRA changes. lam: 1/lambda of TRADES, one of tables II and III (table I: 1 and 6; V: not printed).
+# DRA changes. lam: 1/lambda of TRADES, one of tables II and III (table I: 1 and 6; V: not printed);
+# MART's lambda is that of its own paper.
 CIFAR10 = dict(
     model="resnet50", normalize="none", augment="crop-flip", batch_size=128, weight_decay=2e-4,
     momentum=0.9, val=5000, epochs={"finetune": 60, "dual": 60, "else": 100},
     lr={"finetune": 0.01, "dual": 0.01, "else": 0.1}, pretrain_epochs=100, pretrain_lr=0.1,
     has_first_phase={"finetune": True, "dual": True, "else": False},
-    adversary={"madry": "pgd", "trades": "pgd", "else": "dra"}, attack_steps=5,
+    adversary={"madry": "pgd", "trades": "pgd", "mart": "pgd", "else": "dra"}, attack_steps=5,
     eps=2 / 255, p=1 / 3, pgd_ratio=2.55,
     eps_if_pgd={"finetune": 2.55 * 2 / 255, "dual": 2.55 * 2 / 255, "else": 8 / 255},
     eps_end_share={"finetune": 1 / 4, "dual": 1 / 4, "else": 1},
-    clean_share={"finetune": 1 / 6, "else": 0}, lam=0.05, dual_lr=0.1)
+    clean_share={"finetune": 1 / 6, "else": 0}, lam={"mart": 5.0, "else": 0.05}, dual_lr=0.1)
 MNIST = dict(
     CIFAR10, model="lenet+", augment="crop", epochs={"finetune": 50, "dual": 50, "else": 20},
     lr={"finetune": 0.01, "dual": 0.01, "else": 0.05}, pretrain_epochs=20, pretrain_lr=0.05,
     attack_steps=20, eps=0.1, p=2 / 3, pgd_ratio=3.0,
     eps_if_pgd={"finetune": 3.0 * 0.1, "dual": 3.0 * 0.1, "else": 0.3}, eps_end_share=1,
-    clean_share=0, lam=0.1)
+    clean_share=0, lam={"mart": 5.0, "else": 0.1})
 DIGITS = dict(
     MNIST, augment="none", batch_size=32, epochs=8, pretrain_epochs=8, attack_steps=10, eps=0.05,
     pgd_ratio=2.0, eps_if_pgd={"finetune": 2.0 * 0.05, "dual": 2.0 * 0.05, "else": 0.1})
@@ -66,8 +67,8 @@ SECOND_PHASE = 10_000
 # - MNIST: LeNet+; TRADES's networks have 20-50-500 channels unpadded, or 10-20-50 with dropout.
 #   Random crops without flips, which make no sense for digits. --augment none: neither phase
 #   crops.
-# - Table I's MART is not here. Tables V and VI: --eps 1/255, and --adversary pgd --eps 2.55/255
-#   for table V's PGD rows; whether eps fell there is not printed.
+# - Tables V and VI: --eps 1/255, and --adversary pgd --eps 2.55/255 for table V's PGD rows; whether
+#   eps fell there is not printed.
 # - lr falls as a cosine within each phase. PGD as an adversary steps by 2.5 eps / steps from a
 #   random start.
 # - --method dual solves eqs. 8 and 9 as printed, by ascent on lambda against the first phase's
@@ -77,8 +78,8 @@ SECOND_PHASE = 10_000
 # - The last epoch is kept, not the best on validation: the last epochs repair clean accuracy.
 # - Attacks see BatchNorm in eval mode (--attack-mode train: the other). bfloat16 where the hardware
 #   has it, also for validation.
-# - TRADES starts from x plus a Gaussian of deviation 0.001, as its own authors' does, with DRA as
-#   the adversary, too.
+# - TRADES and MART start from x plus a Gaussian of deviation 0.001, as their own authors' code
+#   does, with DRA as the adversary, too.
 # - The methods from scratch keep eps, and train with PGD unless told otherwise, as in tables I to
 #   III. That of the TRADES rows of tables II and III is not printed, table I's is ours.
 
@@ -179,6 +180,25 @@ def trades_loss(model, x, y, eps, lam, adversary, attack_steps, p, linf=None, mo
     return dict(loss=ce_clean + lam * kl, ce_clean=ce_clean, kl=kl)
 
 
+def mart_loss(model, x, y, eps, lam, adversary, attack_steps, p, linf=None, mode="eval"):
+    """MART (Wang et al. 2020), table I: images that are misclassified count more.
+
+    mean over x of  BCE(p(x'), y) + lam KL(p(x) || p(x')) (1 - p_y(x)), where
+    BCE(p, y) = -log p_y - log(1 - max over k != y of p_k)
+    """
+    x_adv = attack(model, x, y, eps, adversary, attack_steps, p, linf,
+                   start=common.gaussian_start, mode=mode)
+    logits = model(x)
+    logits_adv = model(x_adv).float()
+    total = logits_adv.logsumexp(1)
+    runner_up = logits_adv.scatter(1, y[:, None], -math.inf).argmax(1, keepdim=True)
+    others = logits_adv.scatter(1, runner_up, -math.inf).logsumexp(1)  # all but the runner-up
+    bce = (common.cross_entropy(logits_adv, y) + total - others).mean()
+    p_true = logits.float().softmax(1).gather(1, y[:, None])[:, 0]
+    kl = (common.kl(logits_adv, logits) * (1 - p_true)).mean()
+    return dict(loss=bce + lam * kl, bce=bce, weighted_kl=kl)
+
+
 # -------------------------------------------------------------------------------- flags and loop
 
 def settings(flags, facts):
@@ -213,8 +233,8 @@ def method_flags(flag, losses):
     """The script's own flags. flag: the add_argument of a group. losses: the dictionary of main."""
     flag("--method", "--strategy", choices=losses, default="finetune", help="finetune: clean and "
          "adversarial updates in turn, after a first phase on clean images; dual: one update on "
-         "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, both from scratch; "
-         "vanilla: clean images alone, the first phase (%(default)s)")
+         "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, mart: MART, all from "
+         "scratch; vanilla: clean images alone, the first phase (%(default)s)")
     flag("--adversary", choices=["dra", "pgd"], help="of training (%(default)s)")
     flag("--attacked", choices=["present", "first-phase"], default="present", help="the network "
          "that the adversary attacks: the one in training, or the one that the first phase left, "
@@ -235,7 +255,8 @@ def method_flags(flag, losses):
     flag("--pretrain-epochs", type=common.count, help="epochs of the first phase (%(default)s)")
     flag("--pretrain-lr", type=common.number(0, above=True), help="learning rate of the first "
          "phase, its highest (%(default)s)")
-    flag("--lam", type=common.number(0), help="1/lambda of TRADES (%(default)s)")
+    flag("--lam", type=common.number(0), help="1/lambda of TRADES, lambda of MART "
+         "(%(default)s)")
     flag("--dual-lr", type=common.number(0), help="dual: step of the ascent on lambda "
          "(%(default)s)")
 
@@ -401,6 +422,10 @@ def main():
             args.adversary, args.attack_steps, args.p, scale * args.linf or None,
             mode=args.attack_mode)],
         "trades": [lambda x, y, epoch, state: trades_loss(
+            model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end), args.lam,
+            args.adversary, args.attack_steps, args.p, scale * args.linf or None,
+            args.attack_mode)],
+        "mart": [lambda x, y, epoch, state: mart_loss(
             model, x, y, scale * eps_at(epoch, args.epochs, args.eps, args.eps_end), args.lam,
             args.adversary, args.attack_steps, args.p, scale * args.linf or None,
             args.attack_mode)],

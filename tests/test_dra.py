@@ -312,7 +312,7 @@ def seen_attacks(monkeypatch, model, x, y, *words):
     return seen
 
 
-@pytest.mark.parametrize("method", ["finetune", "dual", "madry", "trades"])
+@pytest.mark.parametrize("method", ["finetune", "dual", "madry", "trades", "mart"])
 def test_the_bound_reaches_every_method(method, monkeypatch):
     """--linf as given; in units of normalised images times the data set's deviation; None without
     the flag. The adversary of the present network is the default."""
@@ -388,6 +388,29 @@ def test_methods_from_scratch(adversary, monkeypatch):
     assert row["train/kl"] > 1e-4 and row["train/kl"] == pytest.approx(kl.item(), rel=1e-4)
     assert row["train/ce_clean"] == pytest.approx(ce.item())
     assert row["train/loss"] == pytest.approx(row["train/ce_clean"] + 3 * row["train/kl"])
+
+
+def test_mart_against_its_formula():
+    """From probabilities in float64, on images of which some are misclassified."""
+    model, x, y = network()
+    common.seed_stream(0, "mart")
+    terms = dra_finetune.mart_loss(model, x, y, 0.05, 5.0, "pgd", 3, 0.5)
+    common.seed_stream(0, "mart")
+    x_adv = dra_finetune.attack(model, x, y, 0.05, "pgd", 3, 0.5, start=common.gaussian_start)
+    p = model(x).detach().double().softmax(1)
+    q = model(x_adv).detach().double().softmax(1)
+    expected_bce = 0.0
+    expected_kl = 0.0
+    for i, label in enumerate(y.tolist()):
+        wrong = max(q[i, k].item() for k in range(q.shape[1]) if k != label)
+        expected_bce -= math.log(q[i, label]) + math.log(1 - wrong)
+        kl = (p[i] * (p[i] / q[i]).log()).sum().item()
+        expected_kl += kl * (1 - p[i, label].item())
+    assert terms["bce"].item() == pytest.approx(expected_bce / len(y), rel=1e-5)
+    assert terms["weighted_kl"].item() == pytest.approx(expected_kl / len(y), rel=1e-3)
+    assert terms["loss"].item() == pytest.approx(
+        (terms["bce"] + 5 * terms["weighted_kl"]).item())
+    assert terms["weighted_kl"] > 1e-6
 
 
 def test_the_dual(monkeypatch):

@@ -67,6 +67,7 @@ def cases(sources):
         "dra-dual": [*DRA, "dual", *WRN, *after_vanilla],
         "dra-madry": [*DRA, "madry", *LENET],
         "dra-trades": [*DRA, "trades", *WRN],
+        "dra-mart": [*DRA, "mart", *WRN],
         "saliency-nt": [*SALIENCY, "--method", "nt", *WRN, "--input-noise", 0.1],
         "saliency-align": [*SALIENCY, "--method", "align", *WRN, "--teacher-epochs", 1,
                            "--teacher-warmup", 0, "--attack-steps", 3],
