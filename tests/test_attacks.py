@@ -314,14 +314,18 @@ MARGIN_20 = MarginPGD(rel_stepsize=0.1, steps=20)
 
 
 @pytest.mark.parametrize("name, oracle, seeds", [
-    ("fgsm", FGSM, 1), ("ifgsm-10", IFGSM_10, 1), ("pgd-20", PGD_20, 4), ("pgd-cw-20", MARGIN_20, 4)])
+    ("fgsm", FGSM, 1),
+    ("ifgsm-10", IFGSM_10, 1),
+    ("pgd-20", PGD_20, 4),
+    ("pgd-cw-20", MARGIN_20, 4)])
 def test_as_strong_as_foolbox(trained, name, oracle, seeds):
     """At equal budget, where between 20 and 80 % survive.
 
-    FGSM is equal, iterative attacks are at least as strong; those with a random start in the mean
-    of four seeds, which differ by 2 points.
+    FGSM is equal. Iterative attacks are at least as strong. Those with a random start are so in
+    the mean of four seeds, which differ by 2 points.
     """
     model, test = trained
+    tolerance = 0.015 if seeds > 1 else 0.003
     for eps in (0.12, 0.16):
         ours = []
         theirs = []
@@ -330,7 +334,7 @@ def test_as_strong_as_foolbox(trained, name, oracle, seeds):
             ours.append(evaluate.evaluate(model, test, attack, 100)[:, 0].mean())
             theirs.append(accuracy_of_foolbox(oracle, model, test, eps, seed))
         assert 0.2 < np.mean(ours) < 0.8, "choose another eps"
-        assert np.mean(ours) <= np.mean(theirs) + (0.015 if seeds > 1 else 0.003)
+        assert np.mean(ours) <= np.mean(theirs) + tolerance
         if name == "fgsm":
             assert np.mean(ours) == pytest.approx(np.mean(theirs))
 

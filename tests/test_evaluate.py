@@ -1,4 +1,7 @@
-"""evaluate.py's own attacks against brute force, closed forms and the packages they call; its record, checks, plots."""
+"""evaluate.py's own attacks against brute force, closed forms and the packages they call.
+
+Its record, its checks and its plots are tested, too.
+"""
 
 import itertools
 import json
@@ -50,12 +53,20 @@ class Rugged(nn.Module):
 
 
 def test_multi_targeted_against_brute_force():
-    """On a linear model some wrong class i wins within the ball iff max_i f_i - f_y + eps |w_i - w_y|_1 > 0 (images
-    away from the border of [0, 1]); the loss that follows the largest wrong logit misses some of these."""
-    model, x = Linear((1, 3, 3), classes=6, scale=1.0), batch(600, low=0.25, high=0.75)
+    """On a linear model the exact answer is known.
+
+    Some wrong class i wins within the ball iff max_i f_i - f_y + eps |w_i - w_y|_1 > 0, for images
+    away from the border of [0, 1]. The loss that follows the largest wrong logit misses some of
+    these.
+    """
+    model = Linear((1, 3, 3), classes=6, scale=1.0)
+    x = batch(600, low=0.25, high=0.75)
     y = model(x).argmax(1)
-    weight, z = model.layer.weight.detach(), model(x).detach()
-    reach = z - z.gather(1, y[:, None]) + 0.2 * (weight[None] - weight[y][:, None]).abs().sum(2)
+    weight = model.layer.weight.detach()
+    z = model(x).detach()
+    lead = z - z.gather(1, y[:, None])
+    distance = (weight[None] - weight[y][:, None]).abs().sum(2)
+    reach = lead + 0.2 * distance
     reach[torch.arange(len(x)), y] = -np.inf
     exact = reach.amax(1) <= 0
     assert 0.2 < exact.float().mean() < 0.8
@@ -64,33 +75,53 @@ def test_multi_targeted_against_brute_force():
     assert run("un-3", model, x, y, **one_step).sum() > exact.sum()
 
 
+def breakable(model, image, label, signs):
+    """Whether any radius up to 0.1, along any of the sign vectors, gives a wrong prediction."""
+    for radius in torch.linspace(0, 0.1, 101):
+        points = (image + radius * signs).clamp(0, 1)
+        if (model(points).argmax(1) != label).any():
+            return True
+    return False
+
+
 def test_rays_against_brute_force():
-    """All 512 sign vectors of nine pixels, each with its first wrong radius on a fine grid: RayS breaks nothing that
-    they do not, and at least nine in ten of what they do; its queries stay within the budget."""
-    model, x = Rugged(), batch(150)
+    """All 512 sign vectors of nine pixels, each at all radii of a fine grid.
+
+    RayS breaks nothing that they do not, and at least nine in ten of what they do. Its queries
+    stay within the budget.
+    """
+    model = Rugged()
+    x = batch(150)
     with torch.no_grad():
         y = model(x).argmax(1)
         signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=9))).view(-1, 1, 3, 3)
-        reachable = torch.tensor([any((model((image + radius * signs).clamp(0, 1)).argmax(1) != label).any()
-                                      for radius in torch.linspace(0, 0.1, 101)) for image, label in zip(x, y)])
+        reachable = [breakable(model, image, label, signs) for image, label in zip(x, y)]
+    reachable = torch.tensor(reachable)
     assert 0.2 < reachable.float().mean() < 0.8
     forward = model.forward
 
     def count(images):
-        assert torch.is_tensor(images) and not torch.is_grad_enabled()
+        assert torch.is_tensor(images)
+        assert not torch.is_grad_enabled()
         count.queries += len(images)
         return forward(images)
-    count.queries, model.forward = 0, count
+    count.queries = 0
+    model.forward = count
     broken = ~run("rays-400", model, x, y)
-    assert not (broken & ~reachable).any() and (broken & reachable).sum() >= 0.9 * reachable.sum()
+    assert not (broken & ~reachable).any()
+    assert (broken & reachable).sum() >= 0.9 * reachable.sum()
     assert count.queries <= (400 + 11) * len(x) + 2 * len(x)
     weak = ~run("rays-3", model, x, y)
     assert weak.sum() < broken.sum()
 
 
 def test_random_targeted_aims_at_wrong_classes():
-    """Some samples fall, and fewer than if every wrong class is tried; the true class is nobody's target."""
-    model, x = Linear((1, 3, 3), classes=5, scale=2.0), batch(300)
+    """Some samples fall, and fewer than if every wrong class is tried.
+
+    The true class is nobody's target.
+    """
+    model = Linear((1, 3, 3), classes=5, scale=2.0)
+    x = batch(300)
     y = model(x).argmax(1)
     left = run("targeted-10", model, x, y)
     assert 0.05 < left.float().mean() < 0.95
@@ -100,22 +131,33 @@ def test_random_targeted_aims_at_wrong_classes():
 @pytest.mark.parametrize("name", ["deepfool", "cw-l2-300"])
 def test_minimal_l2_against_the_closed_form(name):
     """Two linear classes: the nearest wrong point is |f_1 - f_0| / ||w_1 - w_0|| away."""
-    model, x = Linear((1, 4, 4), classes=2, scale=1.0), batch(40, (1, 4, 4), low=0.45, high=0.55)
-    z, weight = model(x).detach(), model.layer.weight.detach()
-    y, distance = z.argmax(1), (z[:, 1] - z[:, 0]).abs() / (weight[1] - weight[0]).norm()
-    x, y, distance = x[distance < 0.3], y[distance < 0.3], distance[distance < 0.3]
+    model = Linear((1, 4, 4), classes=2, scale=1.0)
+    x = batch(40, (1, 4, 4), low=0.45, high=0.55)
+    z = model(x).detach()
+    weight = model.layer.weight.detach()
+    y = z.argmax(1)
+    distance = (z[:, 1] - z[:, 0]).abs() / (weight[1] - weight[0]).norm()
+    near = distance < 0.3
+    x = x[near]
+    y = y[near]
+    distance = distance[near]
     a = attack(name)
     x_adv = evaluate.ATTACKS[a.kind].run(plain(model), x, y, a, y)
     correct, _, l2, _ = evaluate.judge(model, x, y, x_adv, a).T
-    assert len(x) > 10 and (correct == 0).all()
-    assert ((l2 >= 0.999 * distance) & (l2 <= 1.25 * distance + 1e-3)).all()
+    assert len(x) > 10
+    assert (correct == 0).all()
+    assert (l2 >= 0.999 * distance).all()
+    assert (l2 <= 1.25 * distance + 1e-3).all()
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_noise_is_a_weak_attack():
-    model, x = Rugged(), batch(300)
+    model = Rugged()
+    x = batch(300)
     y = model(x).argmax(1)
-    one, hundred, pgd = (run(name, model, x, y).float().mean() for name in ("noise", "noisex100", "pgd-20"))
+    one = run("noise", model, x, y).float().mean()
+    hundred = run("noisex100", model, x, y).float().mean()
+    pgd = run("pgd-20", model, x, y).float().mean()
     assert pgd < hundred < one <= 1
 
 
@@ -132,43 +174,58 @@ def no_network():
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """A network this project's code did not make: (folder with net.py and weights.pt, the plain torch model)."""
+    """(folder, plain torch model) of a network that this project's code did not make.
+
+    The folder has net.py, weights.pt and wrapped.pt.
+    """
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "net.py").write_text(NETWORK)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.Tanh(), nn.Linear(32, 10))
     images, labels = common.digits("train")
-    x, y = torch.from_numpy(images).float() / 255, torch.from_numpy(labels)
+    x = torch.from_numpy(images).float() / 255
+    y = torch.from_numpy(labels)
     optimizer = torch.optim.Adam(net.parameters(), 0.01, weight_decay=1e-3)
     for _ in range(150):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
     torch.save(net.state_dict(), folder / "weights.pt")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, folder / "wrapped.pt")
+    wrapped = {f"module.{k}": v for k, v in net.state_dict().items()}
+    torch.save({"state_dict": wrapped}, folder / "wrapped.pt")
     return folder, net.eval()
 
 
 def test_autoattack_of_a_foreign_network_is_the_packages(foreign):
-    """A bare state_dict and its own file: AutoAttack through us and called directly agree sample by sample."""
+    """A bare state_dict and its own file of code.
+
+    AutoAttack through us and AutoAttack called directly agree sample by sample.
+    """
     from pyautoattack import AutoAttack
     folder, net = foreign
-    words = ["--dataset", "digits", "--model", f"{folder}/net.py:make", "--eps", "0.07", "--limit", 24, "--seed", 5]
+    words = ["--dataset", "digits", "--model", f"{folder}/net.py:make", "--eps", "0.07",
+             "--limit", 24, "--seed", 5]
     evaluate_main("--ckpt", folder / "weights.pt", *words, "--attacks", "clean,aa")
     test = evaluate.load_test(common.dataset_facts("digits"), "data", 24, "cpu")
-    x, y = common.to_float(test.images).contiguous(), test.labels
+    x = common.to_float(test.images).contiguous()
+    y = test.labels
     adversary = AutoAttack(net, eps=0.07, seed=5)
     x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=24)
     theirs = (net(x_adv).argmax(1) == y).numpy()
     outcome = json.loads((folder / "weights.eval.json").read_text())[1]
     ours = np.load(folder / "weights.eval.npz")[outcome["key"]][:, 0] == 1
-    assert 0.2 < theirs.mean() < 0.8 and np.array_equal(ours, theirs)
-    assert outcome["attack"] == "aa" and outcome["seed"] == 5 and outcome["accuracy"] == theirs.mean()
+    assert 0.2 < theirs.mean() < 0.8
+    assert np.array_equal(ours, theirs)
+    assert outcome["attack"] == "aa"
+    assert outcome["seed"] == 5
+    assert outcome["accuracy"] == theirs.mean()
 
 
 def test_foreign_checkpoints(foreign, tmp_path, capsys):
-    """Prefixes and the usual wrapper are stripped; what is missing or wrong is named; a checkpoint's own file of code
-    is not followed unless the command line gives it."""
+    """Prefixes and the usual wrapper are stripped, and what is missing or wrong is named.
+
+    A checkpoint's own file of code is not followed unless the command line gives it.
+    """
     folder, _ = foreign
     words = ["--attacks", "clean,fgsm", "--limit", 50, "--dataset", "digits"]
     tables = []
@@ -176,17 +233,23 @@ def test_foreign_checkpoints(foreign, tmp_path, capsys):
         capsys.readouterr()
         evaluate_main("--ckpt", folder / name, *words, "--model", f"{folder}/net.py:make")
         tables.append(capsys.readouterr().out.split("largest")[1].split("worst")[0])
-    accuracies = [[line.split()[:2] for line in table.splitlines()[1:]] for table in tables]
-    assert accuracies[0] == accuracies[1] and "clean" in tables[0]
-    for model, named in (("lenet+", "do not fit"), (f"{folder}/none.py:make", "none.py"),
-                         (f"{folder}/net.py:no_network", "must return a torch.nn.Module"),
-                         (f"{folder}/net.py:absent", "absent")):
+    accuracies = []
+    for table in tables:
+        accuracies.append([line.split()[:2] for line in table.splitlines()[1:]])
+    assert accuracies[0] == accuracies[1]
+    assert "clean" in tables[0]
+    wrong = [("lenet+", "do not fit"),
+             (f"{folder}/none.py:make", "none.py"),
+             (f"{folder}/net.py:no_network", "must return a torch.nn.Module"),
+             (f"{folder}/net.py:absent", "absent")]
+    for model, named in wrong:
         with pytest.raises(common.UsageError, match=named):
             evaluate_main("--ckpt", folder / "weights.pt", *words, "--model", model)
     with pytest.raises(common.UsageError, match="bare state_dict: --model and --dataset"):
         evaluate_main("--ckpt", folder / "weights.pt", "--attacks", "clean")
     import sat_rx
-    own = ["--dataset", "digits", "--epochs", 1, "--method", "nt", "--model", f"{folder}/net.py:make"]
+    own = ["--dataset", "digits", "--epochs", 1, "--method", "nt",
+           "--model", f"{folder}/net.py:make"]
     run_main(sat_rx.main, "sat_rx.py", *own, "--ckpt", tmp_path / "run.pt")
     with pytest.raises(common.UsageError, match="not run unasked: give --model"):
         evaluate_main("--ckpt", tmp_path / "run.pt", *words)
@@ -195,11 +258,18 @@ def test_foreign_checkpoints(foreign, tmp_path, capsys):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes(classes):
-    """AutoAttack's nine targets and APGD-T's four logits do not fit: it adapts; so do the multi-targeted attacks."""
-    model, x = Linear((1, 3, 3), classes=classes, scale=1.0), batch(12)
+    """AutoAttack's nine targets and APGD-T's four logits do not fit few classes.
+
+    AutoAttack adapts, and so do the multi-targeted attacks.
+    """
+    model = Linear((1, 3, 3), classes=classes, scale=1.0)
+    x = batch(12)
     y = model(x).argmax(1)
-    aa, multi = run("aa", model, x, y), run("multi-5", model, x, y)
-    assert not (aa & ~multi).any() and (run("fgsm", model, x, y) | ~aa).all()
+    aa = run("aa", model, x, y)
+    multi = run("multi-5", model, x, y)
+    fgsm = run("fgsm", model, x, y)
+    assert not (aa & ~multi).any()
+    assert not (aa & ~fgsm).any()
 
 
 def test_too_many_classes_are_refused():
@@ -210,18 +280,29 @@ def test_too_many_classes_are_refused():
 
 
 def test_names_compose():
-    """Radius and step by name: pgd-20:0.2 has its own eps; the papers' steps; a step never exceeds its radius."""
-    a, b = evaluate.parse_attacks("pgd-20x3:1/10, un-4", common.dataset_facts("mnist"), 0.3)
-    assert (a.eps, a.restarts, a.steps, a.start) == (0.1, 3, 20, "ball") and b.eps == 0.3
-    assert a.step == pytest.approx(1.25 * 0.1 / 20) and b.step == pytest.approx(1.25 * 0.3 / 4)
-    assert evaluate.parse_attacks("pgd-20", common.dataset_facts("mnist"), 0.1, step="eps/steps")[0].step == pytest.approx(0.005)
-    assert evaluate.parse_attacks("pgd-20", common.dataset_facts("mnist"), 0.005, step=0.01)[0].step == 0.005
+    """Radius and step by name: pgd-20:0.2 has its own eps, and a step is the paper's.
+
+    A step never exceeds its radius.
+    """
+    mnist = common.dataset_facts("mnist")
+    a, b = evaluate.parse_attacks("pgd-20x3:1/10, un-4", mnist, 0.3)
+    assert (a.eps, a.restarts, a.steps, a.start) == (0.1, 3, 20, "ball")
+    assert b.eps == 0.3
+    assert a.step == pytest.approx(1.25 * 0.1 / 20)
+    assert b.step == pytest.approx(1.25 * 0.3 / 4)
+    divided, = evaluate.parse_attacks("pgd-20", mnist, 0.1, step="eps/steps")
+    assert divided.step == pytest.approx(0.005)
+    clipped, = evaluate.parse_attacks("pgd-20", mnist, 0.005, step=0.01)
+    assert clipped.step == 0.005
     for protocol, plans in evaluate.PROTOCOLS.items():
         for dataset, plan in plans.items():
-            many = common.DATASETS[dataset]["classes"] > 20
-            names = plan["attacks"].replace(",multi-20x5", "") if many else plan["attacks"]
-            parsed = [a.name for a in evaluate.parse_attacks(names, common.dataset_facts(dataset), 0.1, plan["step"], plan["start"])]
-            assert protocol == "common" or set(plan["few"]) >= {n for n in parsed if n in ("aa", "multi-50x20")}
+            names = plan["attacks"]
+            if common.DATASETS[dataset]["classes"] > 20:
+                names = names.replace(",multi-20x5", "")
+            facts = common.dataset_facts(dataset)
+            attacks = evaluate.parse_attacks(names, facts, 0.1, plan["step"], plan["start"])
+            costly = {a.name for a in attacks} & {"aa", "multi-50x20"}
+            assert protocol == "common" or costly <= set(plan["few"])
 
 
 @pytest.fixture
@@ -233,23 +314,35 @@ def digits_run(train, tmp_path):
 
 
 def test_saved_images_reproduce_the_accuracy(digits_run, tmp_path):
-    """--save-adv: float32 images inside ball and box, on which the checkpoint has exactly the reported accuracy."""
+    """--save-adv writes float32 images inside ball and box.
+
+    The checkpoint has exactly the reported accuracy on them.
+    """
     file = tmp_path / "adv.npz"
-    evaluate_main("--ckpt", digits_run, "--attacks", "fgsm,un-5x2", "--limit", 80, "--save-adv", file)
+    evaluate_main("--ckpt", digits_run, "--attacks", "fgsm,un-5x2", "--limit", 80,
+                  "--save-adv", file)
     model, _ = common.load_model(digits_run)
-    clean = common.to_float(evaluate.load_test(common.dataset_facts("digits"), "data", 80, "cpu").images)
+    test = evaluate.load_test(common.dataset_facts("digits"), "data", 80, "cpu")
+    clean = common.to_float(test.images).numpy()
     with np.load(file) as saved:
         for outcome in json.loads((tmp_path / "run.eval.json").read_text()):
-            images, labels = (saved[f"{outcome['attack']}/{name}"] for name in ("images", "labels"))
-            assert images.dtype == np.float32 and images.min() >= 0 and images.max() <= 1
-            assert 0.09 < np.abs(images - clean.numpy()).max() <= 0.1 + 1e-6
-            logits = evaluate.logits_of(model, torch.from_numpy(images))
-            assert (logits.argmax(1).numpy() == labels).mean() == outcome["accuracy"] < 1
+            images = saved[f"{outcome['attack']}/images"]
+            labels = saved[f"{outcome['attack']}/labels"]
+            assert images.dtype == np.float32
+            assert images.min() >= 0
+            assert images.max() <= 1
+            assert 0.09 < np.abs(images - clean).max() <= 0.1 + 1e-6
+            predicted = evaluate.logits_of(model, torch.from_numpy(images)).argmax(1).numpy()
+            assert (predicted == labels).mean() == outcome["accuracy"] < 1
 
 
 def interrupt_pgd(monkeypatch, number):
-    """Make the NUMBERth call of PGD's a KeyboardInterrupt; returns the list that grows with every call."""
-    real, calls = evaluate.run_pgd, []
+    """Make the `number`-th call of PGD a KeyboardInterrupt.
+
+    The list that is returned grows with every call.
+    """
+    real = evaluate.run_pgd
+    calls = []
 
     def counted(*args, **options):
         calls.append(1)
@@ -260,52 +353,76 @@ def interrupt_pgd(monkeypatch, number):
     return calls
 
 
+def outcomes_of(path):
+    """The outcomes in a .eval.json file, without what depends on the clock."""
+    outcomes = json.loads(path.read_text())
+    for outcome in outcomes:
+        outcome.pop("seconds", None)
+    return outcomes
+
+
 def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
-    """Stopped in the third batch of the second attack and started again: batches done are not attacked again, what was
-    finished is not measured again, and the outcome is that of an uninterrupted evaluation."""
+    """An evaluation is stopped in the third batch of the second attack and started again.
+
+    Batches that were done are not attacked again. What was finished is not measured again. The
+    outcome is that of an uninterrupted evaluation.
+    """
     words = ["--attacks", "fgsm,pgd-5x2", "--limit", 100, "--batch-size", 20]
     whole = tmp_path / "whole.pt"
     shutil.copy(digits_run, whole)
     evaluate_main("--ckpt", whole, *words)
-    clock = itertools.count(0, 60)
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))  # half a minute passes in every batch
+    clock = itertools.count(0, 60)  # every batch seems to take a minute, so each is saved
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
     calls = interrupt_pgd(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate_main("--ckpt", digits_run, *words)
     monkeypatch.setattr(common, "fgsm", None)  # would fail
     evaluate_main("--ckpt", digits_run, *words)
     assert len(calls) == 3 + 3
-    read = lambda path: [{k: v for k, v in o.items() if k != "seconds"} for o in json.loads(path.read_text())]
-    assert read(tmp_path / "run.eval.json") == read(tmp_path / "whole.eval.json")
-    a, b = np.load(tmp_path / "run.eval.npz"), np.load(tmp_path / "whole.eval.npz")
-    assert all(np.array_equal(a[key], b[key]) for key in b.files if not key.endswith("seconds"))
+    assert outcomes_of(tmp_path / "run.eval.json") == outcomes_of(tmp_path / "whole.eval.json")
+    ours = np.load(tmp_path / "run.eval.npz")
+    theirs = np.load(tmp_path / "whole.eval.npz")
+    for key in theirs.files:
+        if not key.endswith("seconds"):
+            assert np.array_equal(ours[key], theirs[key]), key
     evaluate_main("--ckpt", digits_run, *words)
     assert len(calls) == 6
     monkeypatch.undo()
     evaluate_main("--ckpt", digits_run, *words, "--overwrite")
-    assert read(tmp_path / "run.eval.json") == read(tmp_path / "whole.eval.json")
+    assert outcomes_of(tmp_path / "run.eval.json") == outcomes_of(tmp_path / "whole.eval.json")
 
 
 def test_interrupted_transfer_images_go_on(digits_run, tmp_path, monkeypatch):
-    """Images that were made before an interruption are not made again, and all are those of an uninterrupted run."""
-    source, whole = tmp_path / "source.pt", tmp_path / "whole.pt"
-    shutil.copy(digits_run, source), shutil.copy(digits_run, whole)
-    words = ["--ckpt", digits_run, "--attacks", "clean", "--transfer", "pgd-3x3", "--limit", 60, "--eps", "0.14",
-             "--batch-size", 20, "--surrogate"]
+    """Images that were made before an interruption are not made again.
+
+    All are those of an uninterrupted run.
+    """
+    source = tmp_path / "source.pt"
+    whole = tmp_path / "whole.pt"
+    shutil.copy(digits_run, source)
+    shutil.copy(digits_run, whole)
+    words = ["--ckpt", digits_run, "--attacks", "clean", "--transfer", "pgd-3x3", "--limit", 60,
+             "--eps", "0.14", "--batch-size", 20, "--surrogate"]
     calls = interrupt_pgd(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         evaluate_main(*words, source)
     assert len(list(tmp_path.glob("source.*.part.npy"))) == 1
     evaluate_main(*words, source)
-    assert len(calls) == 9 + 1 and not list(tmp_path.glob("source.*.part.npy"))
+    assert len(calls) == 9 + 1
+    assert not list(tmp_path.glob("source.*.part.npy"))
     evaluate_main(*words, whole, "--overwrite")
     assert len(calls) == 10 + 9
-    ours, theirs = (np.load(next(tmp_path.glob(f"{name}.pgd-3x3-*.npy"))) for name in ("source", "whole"))
-    assert np.isfinite(ours).all() and np.array_equal(ours, theirs)
+    ours = np.load(next(tmp_path.glob("source.pgd-3x3-*.npy")))
+    theirs = np.load(next(tmp_path.glob("whole.pgd-3x3-*.npy")))
+    assert np.isfinite(ours).all()
+    assert np.array_equal(ours, theirs)
 
 
 def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path):
-    """What one of the restarts' images breaks is broken; the worst case over attacks is taken sample by sample."""
+    """What one of the restarts' images breaks is broken.
+
+    The worst case over attacks is taken sample by sample.
+    """
     source = tmp_path / "source.pt"
     shutil.copy(digits_run, source)
     words = ["--attacks", "clean", "--surrogate", source, "--limit", 60, "--eps", "0.14"]
@@ -315,79 +432,114 @@ def test_restarts_of_a_transfer_attack_are_combined(digits_run, tmp_path):
     y = evaluate.load_test(common.dataset_facts("digits"), "data", 60, "cpu").labels
     right = torch.stack([evaluate.logits_of(model, x).argmax(1) == y for x in images])
     outcome = json.loads((tmp_path / "run.eval.json").read_text())[-1]
-    assert images.shape == (3, 60, 1, 28, 28) and outcome["attack"] == "pgd-3x3@lenet+"
-    assert outcome["accuracy"] == right.all(0).double().mean() < right.double().mean(1).min() + 1e-9
+    assert images.shape == (3, 60, 1, 28, 28)
+    assert outcome["attack"] == "pgd-3x3@lenet+"
+    combined = right.all(0).double().mean()
+    assert outcome["accuracy"] == combined
+    assert combined < right.double().mean(1).min() + 1e-9
 
 
 def test_corruptions(tmp_path, capsys):
-    """Each type over five severities at the chosen test images, and their mean; the address where they are missing."""
+    """Each type is measured on the chosen test images at five severities.
+
+    The accuracy is the mean over the types. The error gives the address where files are missing.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 30)
     images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "cifar10.npz", test_images=images, test_labels=labels)
     model = common.build_model("wrn-10-1", common.dataset_facts("cifar10"))
     torch.save(model.net.state_dict(), tmp_path / "w.pt")
-    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "cifar10", "--model", "wrn-10-1", "--data-dir", tmp_path]
+    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "cifar10", "--model", "wrn-10-1",
+             "--data-dir", tmp_path]
     with pytest.raises(common.UsageError, match="CIFAR-10-C.*zenodo.org/records/2535967"):
         evaluate_main(*words, "--attacks", "corruptions")
-    (tmp_path / "CIFAR-10-C").mkdir()
-    arrays = {name: rng.integers(0, 256, (150, 32, 32, 3), dtype=np.uint8) for name in ("fog", "snow")}
-    for name, array in dict(arrays, labels=np.tile(labels, 5)).items():
-        np.save(tmp_path / "CIFAR-10-C" / f"{name}.npy", array)
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    np.save(folder / "labels.npy", np.tile(labels, 5))
+    arrays = {}
+    for name in ("fog", "snow"):
+        arrays[name] = rng.integers(0, 256, (150, 32, 32, 3), dtype=np.uint8)
+        np.save(folder / f"{name}.npy", arrays[name])
     evaluate_main(*words, "--attacks", "corruptions", "--limit", 20)
     outcome, = json.loads((tmp_path / "w.eval.json").read_text())
     rows = common.subset(30, 20).numpy()
     for name, array in arrays.items():
-        x = array.reshape(5, 30, 32, 32, 3)[:, rows].reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2) / 255
-        right = model.eval()(torch.from_numpy(x).float()).argmax(1).numpy() == np.tile(labels[rows], 5)
+        chosen = array.reshape(5, 30, 32, 32, 3)[:, rows].reshape(-1, 32, 32, 3)
+        x = torch.from_numpy(chosen.transpose(0, 3, 1, 2) / 255).float()
+        predicted = model.eval()(x).argmax(1).numpy()
+        right = predicted == np.tile(labels[rows], 5)
         assert outcome["types"][name] == pytest.approx(right.mean())
     assert outcome["accuracy"] == pytest.approx(np.mean(list(outcome["types"].values())))
 
 
 def test_alignment_of_a_linear_model():
     """Eqs. 4, 6 and 7 from the weights."""
-    model, x = Linear((1, 4, 4), classes=4), batch(30, (1, 4, 4))
-    test = common.Split((255 * x).round().byte(), torch.zeros(30, dtype=torch.int64), torch.arange(30))
-    flat, weight = common.to_float(test.images).flatten(1), model.layer.weight.detach()
-    z = model(common.to_float(test.images)).detach()
+    model = Linear((1, 4, 4), classes=4)
+    x = batch(30, (1, 4, 4))
+    images = (255 * x).round().byte()
+    test = common.Split(images, torch.zeros(30, dtype=torch.int64), torch.arange(30))
+    flat = common.to_float(images).flatten(1)
+    weight = model.layer.weight.detach()
+    z = model(common.to_float(images)).detach()
     for i, (alpha, binarised, robustness) in enumerate(evaluate.alignment(plain(model), test, 7)):
         top = z[i].argmax()
         others = [j for j in range(4) if j != top]
-        distances = [((z[i, top] - z[i, j]) / (weight[top] - weight[j]).norm()).item() for j in others]
-        g = weight[top] - weight[others[int(np.argmin(distances))]]
+        distances = []
+        for j in others:
+            distance = (z[i, top] - z[i, j]) / (weight[top] - weight[j]).norm()
+            distances.append(distance.item())
+        nearest = others[int(np.argmin(distances))]
         assert robustness == pytest.approx(min(distances), rel=1e-4)
-        assert alpha == pytest.approx(((flat[i] @ weight[top]).abs() / weight[top].norm()).item(), rel=1e-4)
-        assert binarised == pytest.approx(((flat[i] @ g).abs() / g.norm()).item(), rel=1e-4)
+        expected = (flat[i] @ weight[top]).abs() / weight[top].norm()
+        assert alpha == pytest.approx(expected.item(), rel=1e-4)
+        g = weight[top] - weight[nearest]
+        expected = (flat[i] @ g).abs() / g.norm()
+        assert binarised == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_alignment_of_a_network_that_standardises():
-    """Its logits ignore an image's scale: with the gradient at the image itself the product would be 0."""
-    inner, x = Linear((1, 4, 4), classes=4), batch(30, (1, 4, 4))
-    test = common.Split((255 * x).round().byte(), torch.zeros(30, dtype=torch.int64), torch.arange(30))
+    """Its logits ignore an image's scale.
+
+    With the gradient at the image itself the product would be 0.
+    """
+    inner = Linear((1, 4, 4), classes=4)
+    x = batch(30, (1, 4, 4))
+    images = (255 * x).round().byte()
+    test = common.Split(images, torch.zeros(30, dtype=torch.int64), torch.arange(30))
     model = common.Classifier(inner, "image", (0.0,), (1.0,))
-    flat = common.to_float(test.images).flatten(1)
-    flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, correction=0, keepdim=True).clamp(min=1 / 4)
+    flat = common.to_float(images).flatten(1)
+    deviation = flat.std(1, correction=0, keepdim=True).clamp(min=1 / 4)
+    flat = (flat - flat.mean(1, keepdim=True)) / deviation
     weight = inner.layer.weight.detach()[inner(flat).argmax(1)]
     expected = (flat * weight).sum(1).abs() / weight.norm(dim=1)
-    torch.testing.assert_close(torch.from_numpy(evaluate.alignment(model, test, 7)[:, 0]), expected)
+    alpha = torch.from_numpy(evaluate.alignment(model, test, 7)[:, 0])
+    torch.testing.assert_close(alpha, expected)
     assert expected.mean() > 0.1
 
 
 def test_normalised_radii(digits_run, tmp_path, capsys):
-    """--normalized-eps: the protocol's subsets and the paper's columns are found, what is measured beside the attacks
-    is at the same radius, and a network trained in pixels is attacked at its own radius."""
-    words, own = ["--ckpt", digits_run, "--normalized-eps"], common.load_checkpoint(digits_run)["args"]["eps"]
+    """--normalized-eps finds the protocol's subsets and the paper's columns.
+
+    What is measured beside the attacks is at the same radius. A network trained in pixels is
+    attacked at its own radius.
+    """
+    words = ["--ckpt", digits_run, "--normalized-eps"]
+    own = common.load_checkpoint(digits_run)["args"]["eps"]
     evaluate_main(*words, "--attacks", "clean,pgd-3,pgd-5", "--limit", "30")
     assert f"worst case of these 3 at eps {own:.4g}" in capsys.readouterr().out
     outcome = json.loads((tmp_path / "run.eval.json").read_text())[1]
-    assert outcome["attack"] == "pgd-3 normalised" and outcome["eps"] == pytest.approx(own)
+    assert outcome["attack"] == "pgd-3 normalised"
+    assert outcome["eps"] == pytest.approx(own)
     args = evaluate.parse([*map(str, words), "--protocol", "common"])
     args.p = 1 / 3
     todo = evaluate.plan(args, common.dataset_facts("mnist"), 0.3, None, torch.device("cpu"))
     sizes = {attack.name: n for attack, _, n in todo}
-    assert sizes["aa normalised"] == 500 and sizes["rays-40000 normalised"] == 200
+    assert sizes["aa normalised"] == 500
+    assert sizes["rays-40000 normalised"] == 200
     name = f"pgd-20:0.1{evaluate.NORMALISED}"
-    outcomes = [dict(attack="clean", accuracy=0.9, n=10, eps=None), dict(attack=name, accuracy=0.625, n=10, eps=0.1)]
+    outcomes = [dict(attack="clean", accuracy=0.9, n=10, eps=None),
+                dict(attack=name, accuracy=0.625, n=10, eps=0.1)]
     evaluate.print_protocol("dra", "mnist", outcomes)
     assert "62.50" in capsys.readouterr().out
 
@@ -398,23 +550,28 @@ def of_mnist(args):
 
 
 def test_dra_is_evaluated_as_it_was_trained():
-    """Its own eps and p, PGD at the radius of validation."""
+    """Its own eps and p are taken. PGD has the radius of validation."""
     import dra_finetune
     trained = vars(flags_of(dra_finetune, "--dataset", "mnist"))
     own, mean_eps = evaluate.trained_eps(of_mnist(trained), False)
     assert (own, mean_eps) == (pytest.approx(0.3), 0.1)
-    dra, pgd = evaluate.parse_attacks("dra-5,pgd-5", common.dataset_facts("mnist"), own, mean_eps=mean_eps)
+    mnist = common.dataset_facts("mnist")
+    dra, pgd = evaluate.parse_attacks("dra-5,pgd-5", mnist, own, mean_eps=mean_eps)
     assert (dra.eps, pgd.eps) == (0.1, own)
     trained = vars(flags_of(dra_finetune, "--dataset", "mnist", "--strategy", "madry"))
     assert evaluate.trained_eps(of_mnist(trained), False) == (0.3, None)
 
 
 def test_autoattacks_warnings_are_kept(monkeypatch):
-    """A network that answers at random: the package says so, and the note ends up with the outcome."""
+    """The package says that a network answers at random.
+
+    The note ends up with the outcome.
+    """
     class Random(Linear):
         def forward(self, x):
             return super().forward(x) + torch.randn(len(x), 3)
-    notes, x = evaluate.Notes(), batch(8)
+    notes = evaluate.Notes()
+    x = batch(8)
     run("aa", Random((1, 3, 3)), x, torch.zeros(8, dtype=torch.int64))
     assert any("randomized" in text for text in notes.texts.values())
     notes.begin(["3 points with zero gradient", "4 points with zero gradient"])
@@ -422,63 +579,95 @@ def test_autoattacks_warnings_are_kept(monkeypatch):
 
 
 def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
-    """All figures are written, none is blank, with the numbers beside them; the verdict is one line."""
+    """All figures are written, none is blank, and the numbers are beside them.
+
+    The verdict is one line.
+    """
     from matplotlib import image
     monkeypatch.setattr(evaluate, "STEPS", (1, 5))
     monkeypatch.setattr(evaluate, "RADII", (1, 2))
-    evaluate_main("--ckpt", digits_run, "--attacks", "clean,fgsm,pgd-5", "--limit", 40, "--sanity", "--per-class",
-                  "--alignment", "--plots", tmp_path / "figures")
+    evaluate_main("--ckpt", digits_run, "--attacks", "clean,fgsm,pgd-5", "--limit", 40,
+                  "--sanity", "--per-class", "--alignment", "--plots", tmp_path / "figures")
     out = capsys.readouterr().out
-    assert out.count("verdict:") == 1 and "by class" in out and "linearised robustness" in out
+    assert out.count("verdict:") == 1
+    assert "by class" in out
+    assert "linearised robustness" in out
     assert "worst case of these 3 at eps 0.1, sample by sample" in out
     paths = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert paths == ["curves.png", "dra.png", "images.png", "surface.png", "training.png"]
-    assert all(image.imread(tmp_path / "figures" / name)[..., :3].std() > 0.05 for name in paths)
+    for name in paths:
+        picture = image.imread(tmp_path / "figures" / name)
+        assert picture[..., :3].std() > 0.05, name
 
 
 def test_what_is_missing_is_said_before_the_first_attack(digits_run, tmp_path, monkeypatch):
     """A package or a folder that only the last step needs."""
-    find = evaluate.importlib.util.find_spec
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
-    for absent, words, named in (
-            (["foolbox"], ["--attacks", "clean,deepfool"], "deepfool needs foolbox: pip install foolbox"),
-            (["pyautoattack"], ["--attacks", "clean,aa"], "aa needs pyautoattack"),
-            (["matplotlib"], ["--plots", tmp_path / "figures"], "--plots needs matplotlib"),
-            ([], ["--plots", digits_run / "figures"], "--plots .*: Not a directory")):
+    real = evaluate.importlib.util.find_spec
+
+    def find_spec(name):
+        return None if name == absent else real(name)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", find_spec)
+    plots = ["--plots", tmp_path / "figures"]
+    cases = [("foolbox", ["--attacks", "clean,deepfool"],
+              "deepfool needs foolbox: pip install foolbox"),
+             ("pyautoattack", ["--attacks", "clean,aa"], "aa needs pyautoattack"),
+             ("matplotlib", plots, "--plots needs matplotlib"),
+             (None, ["--plots", digits_run / "figures"], "--plots .*: Not a directory")]
+    for absent, words, named in cases:
         with pytest.raises(common.UsageError, match=named):
             evaluate_main("--ckpt", digits_run, *words)
     assert not list(tmp_path.glob("*.eval.*"))
 
 
+NETWORK_WITH_VIEW = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * 26 * 26, 10)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).view(-1, 4 * 26 * 26))
+"""
+
+
 def test_a_record_belongs_to_one_way_of_using_the_weights(foreign, tmp_path):
-    """The same weights under another normalisation, another code or other test labels are measured anew; so is what
-    lost its facts; a network that uses view() works."""
+    """The same weights under another normalisation or another code are measured anew.
+
+    So is what lost its facts. A network that uses view() works.
+    """
     folder, _ = foreign
     shutil.copy(folder / "weights.pt", tmp_path / "w.pt")
     (tmp_path / "net.py").write_text(NETWORK.replace("nn.Tanh", "nn.ReLU"))
-    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "digits", "--limit", 100, "--attacks", "clean,fgsm"]
+    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "digits", "--limit", 100,
+             "--attacks", "clean,fgsm"]
+    own = ["--model", f"{folder}/net.py:make"]
+    other = ["--model", f"{tmp_path}/net.py:make"]
 
-    def last():
-        return json.loads((tmp_path / "w.eval.json").read_text())[-1]["accuracy"]
+    def outcomes():
+        return json.loads((tmp_path / "w.eval.json").read_text())
     seen = []
-    for more in (["--model", f"{folder}/net.py:make"], ["--model", f"{tmp_path}/net.py:make"],
-                 ["--model", f"{folder}/net.py:make", "--normalize", "image"]):
+    for more in (own, other, [*own, "--normalize", "image"]):
         evaluate_main(*words, *more)
-        seen.append(last())
-    assert len(set(seen)) == 3 and len(json.loads((tmp_path / "w.eval.json").read_text())) == 6
+        seen.append(outcomes()[-1]["accuracy"])
+    assert len(set(seen)) == 3
+    assert len(outcomes()) == 6
     (tmp_path / "w.eval.npz").unlink()
-    evaluate_main(*words, "--model", f"{folder}/net.py:make")
-    assert last() == seen[0]
-    (tmp_path / "view.py").write_text(
-        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 10)\n"
-        "    def forward(self, x):\n        return self.fc(self.conv(x).view(-1, 4 * 26 * 26))\n")
-    torch.save(common.imported_net(f"{tmp_path}/view.py:Net", 10).state_dict(), tmp_path / "view.pt")
-    evaluate_main("--ckpt", tmp_path / "view.pt", *words[2:], "--model", f"{tmp_path}/view.py:Net")
+    evaluate_main(*words, *own)
+    assert outcomes()[-1]["accuracy"] == seen[0]
+    (tmp_path / "view.py").write_text(NETWORK_WITH_VIEW)
+    view = f"{tmp_path}/view.py:Net"
+    torch.save(common.imported_net(view, 10).state_dict(), tmp_path / "view.pt")
+    evaluate_main("--ckpt", tmp_path / "view.pt", *words[2:], "--model", view)
 
 
 def test_an_interrupted_overwrite_leaves_no_half_outcome(digits_run, tmp_path):
-    """Facts saved half-way take the finished outcome of the same settings away; the next evaluation completes them."""
+    """Facts saved half-way take the finished outcome of the same settings away.
+
+    The next evaluation completes them.
+    """
     words = ["--ckpt", digits_run, "--attacks", "fgsm", "--limit", 60]
     evaluate_main(*words)
     outcome, = json.loads((tmp_path / "run.eval.json").read_text())
@@ -490,18 +679,21 @@ def test_an_interrupted_overwrite_leaves_no_half_outcome(digits_run, tmp_path):
     half[30:] = np.nan
     record.save(settings, half, 1.0, ["Square has found nothing"])
     assert record.find(settings)[2:] == (1.0, ["Square has found nothing"])
-    assert json.loads((tmp_path / "run.eval.json").read_text()) == [] and record.find(settings)[0] is None
+    assert json.loads((tmp_path / "run.eval.json").read_text()) == []
+    assert record.find(settings)[0] is None
     evaluate_main(*words)
-    assert json.loads((tmp_path / "run.eval.json").read_text())[0]["accuracy"] == outcome["accuracy"]
+    again = json.loads((tmp_path / "run.eval.json").read_text())
+    assert again[0]["accuracy"] == outcome["accuracy"]
 
 
 def test_files_of_the_user_are_not_outputs(digits_run, tmp_path):
     """Neither the checkpoint under any suffix, nor a surrogate, nor one file for two outputs."""
     other = tmp_path / "k.pth"
     shutil.copy(digits_run, other)
+    one = tmp_path / "x"
     for words in (["--ckpt", other, "--results", other],
                   ["--ckpt", digits_run, "--surrogate", other, "--export", other],
-                  ["--ckpt", digits_run, "--results", tmp_path / "x", "--save-adv", tmp_path / "x"]):
+                  ["--ckpt", digits_run, "--results", one, "--save-adv", one]):
         before = other.read_bytes()
         with pytest.raises(common.UsageError, match="choose another name"):
             evaluate_main(*words, "--overwrite", "--attacks", "clean")

@@ -1,6 +1,9 @@
-"""teacher_saliency.py: every term against a formula of its own and finite differences, who moves
-whose weights, masks, schedule, teachers, launches."""
+"""teacher_saliency.py: every term against a formula of its own and against finite differences.
 
+Further tests: who moves whose weights, masks, schedule, teachers, launches.
+"""
+
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,8 +55,9 @@ def smooth_net():
 def small(monkeypatch, *words):
     """What main() would train with on grey images, in float64, smooth: a name space.
 
-    model, teacher, judges (the discriminators), x, y; losses: stage -> function (x, y), main's own
-    with the flags of the command line, "align" for phase 1, "k50" for phase 2 with k = 50.
+    It has model, teacher, judges (the discriminators), x, y and losses: stage -> function (x, y).
+    The losses are main's own with the flags of the command line. Stage "align" is phase 1, "k50"
+    is phase 2 with k = 50.
     """
     torch.manual_seed(0)
     model = smooth_net().double()
@@ -78,8 +82,10 @@ def small(monkeypatch, *words):
 
 
 def maps_by_sample(model, x, y, kind):
-    """Input gradients image by image: of the true class's logit or probability, or of the
-    cross-entropy."""
+    """Input gradients, image by image.
+
+    kind: of the true class's logit ("logit") or probability ("prob"), or of cross-entropy ("ce").
+    """
     rows = []
     for image, label in zip(x, y):
         image = image[None].clone().requires_grad_(True)
@@ -89,22 +95,25 @@ def maps_by_sample(model, x, y, kind):
     return torch.cat(rows)
 
 
-CASES = [(k, score, sign, scale) for k in (None, 50) for score in ("logit", "prob")
-         for sign in ("literal", "negated") for scale in ("image", "family")
-         if k or sign == "literal"]
+SCORES = ["logit", "prob"]
+SCALES = ["image", "family"]
+CASES = [*itertools.product([None], SCORES, ["literal"], SCALES),
+         *itertools.product([50], SCORES, ["literal", "negated"], SCALES)]
 
 
 @pytest.mark.parametrize("k, kind, sign, scale", CASES)
 def test_loss_equals_the_formula(k, kind, sign, scale, monkeypatch):
-    """Eqs. 10 to 18 from maps made one image at a time; k: None for phase 1."""
+    """Eqs. 10 to 18 from maps made one image at a time. k is None for phase 1."""
     flags = ["--score", kind, "--curriculum-sign", sign, "--ldiff-scale", scale, "--gamma2", "7",
              "--beta2", "3"]
     run = small(monkeypatch, *flags)
     run.judges.eval()
-    model, teacher, x, y = run.model, run.teacher, run.x, run.y
+    model = run.model
+    x = run.x
+    y = run.y
     terms, judged = run.losses["k50" if k else "align"](x, y)
     j_s = maps_by_sample(model, x, y, kind)
-    j_t = maps_by_sample(teacher, x, y, kind)
+    j_t = maps_by_sample(run.teacher, x, y, kind)
     j_ce = maps_by_sample(model, x, y, "ce")
     unit = 1 / 6 if scale == "image" else 1 / 255**2
     ce = F.cross_entropy(model(x), y)
@@ -128,14 +137,17 @@ def test_loss_equals_the_formula(k, kind, sign, scale, monkeypatch):
         torch.testing.assert_close(terms[name], value, msg=name)
     assert len(judged) == len(pairs)
     for (judge, *maps), (wanted, *wanted_maps) in zip(judged, pairs):
-        assert judge is wanted and not any(m.requires_grad for m in maps)
+        assert judge is wanted
+        assert not any(m.requires_grad for m in maps)
         torch.testing.assert_close(maps, wanted_maps)
 
 
 @pytest.mark.parametrize("kind", ["logit", "prob"])
 def test_gradient_by_finite_differences(kind, monkeypatch):
-    """Every term, in float64, along a random direction of the student's weights: through the maps'
-    own gradients."""
+    """Every term in float64, along a random direction of the student's weights.
+
+    This goes through the maps' own gradients.
+    """
     run = small(monkeypatch, "--score", kind)
     run.judges.requires_grad_(False)
 
@@ -149,8 +161,10 @@ def test_gradient_by_finite_differences(kind, monkeypatch):
 
 
 def test_discriminators_loss(monkeypatch):
-    """Eqs. 14 and 19: maximise log D(J_T) + log(1 - D(J_S)); a map's shift and scale do not
-    matter."""
+    """Eqs. 14 and 19: maximise log D(J_T) + log(1 - D(J_S)).
+
+    A map's shift and scale do not matter.
+    """
     run = small(monkeypatch)
     _, judged = run.losses["k50"](run.x, run.y)
     run.judges.eval()
@@ -178,17 +192,9 @@ def moved(before, module):
     return [not torch.equal(old, new) for old, new in zip(before, module.parameters())]
 
 
-@pytest.mark.parametrize("stage", ["align", "k50"])
-def test_alternate(stage, monkeypatch):
-    """A step of SGD of the student on its loss, then one of the discriminators on theirs, on the
-    maps before the student's step: each leaves the others' weights alone, with momentum and weight
-    decay at work. Without `judge` there is the first alone."""
-    run = small(monkeypatch)
-    parts = [run.model, *run.judges]
-    used = run.judges if stage == "k50" else run.judges[:1]
-    optimizer = torch.optim.SGD([dict(params=part.parameters()) for part in parts], 0.1,
-                                momentum=0.9, weight_decay=0.01)
-    steps = []  # which parameters of student and discriminators each step moved
+def watch_steps(monkeypatch, parts):
+    """A list that grows at every step of an optimizer: which parameters of each part it moved."""
+    steps = []
     real = common.update
 
     def watched(*args):
@@ -196,6 +202,36 @@ def test_alternate(stage, monkeypatch):
         real(*args)
         steps.append([moved(old, part) for old, part in zip(before, parts)])
     monkeypatch.setattr(common, "update", watched)
+    return steps
+
+
+def after_first_step(loss, part):
+    """The parameters of a part after one step of SGD with lr 0.1 and weight decay 0.01."""
+    grads = torch.autograd.grad(loss, part.parameters(), retain_graph=True)
+    return [p - 0.1 * (g + 0.01 * p) for p, g in zip(part.parameters(), grads)]
+
+
+def check_step_of_judges(moves, used):
+    """The step moved all weights of the first `used` discriminators, and no others."""
+    student, *judges = moves
+    assert not any(student)
+    assert all(all(weights) for weights in judges[:used])
+    assert not any(any(weights) for weights in judges[used:])
+
+
+@pytest.mark.parametrize("stage", ["align", "k50"])
+def test_alternate(stage, monkeypatch):
+    """The student takes a step of SGD on its loss, then the discriminators one on theirs.
+
+    Theirs is on the maps before the student's step. Each leaves the others' weights alone, with
+    momentum and weight decay at work. Without `judge` there is the student's step alone.
+    """
+    run = small(monkeypatch)
+    parts = [run.model, *run.judges]
+    used = run.judges if stage == "k50" else run.judges[:1]
+    optimizer = torch.optim.SGD([dict(params=part.parameters()) for part in parts], 0.1,
+                                momentum=0.9, weight_decay=0.01)
+    steps = watch_steps(monkeypatch, parts)
 
     def step(judge):
         steps.clear()
@@ -204,10 +240,7 @@ def test_alternate(stage, monkeypatch):
 
     terms, judged = run.losses[stage](run.x, run.y)
     judge_loss = saliency.discriminator_loss(judged)["loss"]
-    expected = []
-    for loss, part in ((terms["loss"], run.model), (judge_loss, used)):
-        grads = torch.autograd.grad(loss, part.parameters(), retain_graph=True)
-        expected += [p - 0.1 * (g + 0.01 * p) for p, g in zip(part.parameters(), grads)]
+    expected = [*after_first_step(terms["loss"], run.model), *after_first_step(judge_loss, used)]
     ours, judge_terms = step(judge=True)
     torch.testing.assert_close(ours["loss"], terms["loss"])
     torch.testing.assert_close(judge_terms["loss"], judge_loss)
@@ -216,28 +249,35 @@ def test_alternate(stage, monkeypatch):
 
     for judge in (True, False, True):
         ours, judge_terms = step(judge)
-        student, *judges = steps[0]
-        assert all(student) and not any(any(weights) for weights in judges)
-        assert len(steps) == (2 if judge else 1) and (judge_terms is not None) == judge
-        if judge:
-            student, *judges = steps[1]
-            assert not any(student)
-            assert all(all(weights) for weights in judges[:len(used)])
-            assert not any(any(weights) for weights in judges[len(used):])
+        student, *judges = steps.pop(0)
+        assert all(student)
+        assert not any(any(weights) for weights in judges)
+        if not judge:
+            assert judge_terms is None
+        else:
+            assert judge_terms is not None
+            check_step_of_judges(steps.pop(0), len(used))
+        assert not steps
     assert all(p.grad is None for p in run.teacher.parameters())
 
 
 def test_nobody_moves_anothers_weights(tmp_path, whole, monkeypatch):
-    """The student's steps change neither teacher nor discriminators, the discriminators' steps only
-    themselves."""
+    """The student's steps change neither teacher nor discriminators.
+
+    The discriminators' steps change only themselves.
+    """
     seen = []
     real = torch.optim.SGD.step
 
     def watched(optimizer, *args):
-        groups = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
+        before = []
+        for group in optimizer.param_groups:
+            before.append([p.detach().clone() for p in group["params"]])
         result = real(optimizer, *args)
-        seen.append([any(not torch.equal(a, b) for a, b in zip(old, group["params"]))
-                     for old, group in zip(groups, optimizer.param_groups)])
+        changed = []
+        for old, group in zip(before, optimizer.param_groups):
+            changed.append(not all(torch.equal(a, b) for a, b in zip(old, group["params"])))
+        seen.append(changed)
         return result
     teachers = []
     get = saliency.get_teacher
@@ -255,9 +295,10 @@ def test_nobody_moves_anothers_weights(tmp_path, whole, monkeypatch):
     assert seen == 2 * phase_1 + 2 * phase_2
     before = load(path)["best"]["state_dict"]
     teacher, = teachers
-    assert all(torch.equal(value.cpu(), before[name])
-               for name, value in teacher.net.state_dict().items())
-    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    for name, value in teacher.net.state_dict().items():
+        assert torch.equal(value.cpu(), before[name]), name
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("k", [90, 50, 7, 100])
@@ -298,10 +339,12 @@ def plan_of(args):
 
 
 def test_schedule_and_settings():
-    """Section 5: lr 0.1 to 0.001 in 100 epochs, then to 0.0001 over 15 epochs for each of five
-    k."""
+    """Section 5: lr 0.1 to 0.001 in 100 epochs, then to 0.0001.
+
+    The second part takes 15 epochs for each of five k.
+    """
     args = flags_of(saliency)
-    ks = [k for k in (90, 80, 70, 60, 50) for _ in range(15)]
+    ks = np.repeat([90, 80, 70, 60, 50], 15)
     assert args.epochs == 175
     assert plan_of(args) == [(100, phase_1)] * 100 + [(k, phase_2) for k in ks]
     lrs = [saliency.student_rate(args, epoch) for epoch in range(175)]
@@ -355,8 +398,10 @@ class MultiplyAdds(TorchDispatchMode):
 
 
 def test_cost():
-    """In passes forward and backward to the image a step of phase 1 takes 4, of phase 2 6, of PGD-7
-    training 8, up to a half."""
+    """The unit is one pass forward and backward to the image.
+
+    A step of phase 1 takes 4, one of phase 2 takes 6, one of PGD-7 training takes 8, up to a half.
+    """
     facts = common.dataset_facts("digits")
     torch.manual_seed(0)
     model = common.build_model("lenet+", facts)
@@ -383,8 +428,10 @@ def test_cost():
 
 @pytest.mark.parametrize("stage", ["align", "k50"])
 def test_map_mode_eval(stage, monkeypatch):
-    """The maps are those of the network in eval mode, one image at a time; CE is of train mode, and
-    its pass alone moves the running statistics, once."""
+    """The maps are those of the network in eval mode, one image at a time.
+
+    Cross-entropy is of train mode. Its pass alone moves the running statistics, once.
+    """
     def build(*_):
         return plain(nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Tanh(),
                                    nn.Linear(8, 4)))
@@ -422,7 +469,7 @@ def test_score2_is_phase_2s(monkeypatch):
 
 
 def test_the_teacher_beside_init(tmp_path):
-    """It is taken for every file of the run that --init is from; --teacher wins."""
+    """It is taken for every file of the run that --init is from. --teacher wins."""
     def teacher_of(*words):
         return flags_of(saliency, "--dataset", "digits", *words).teacher
     names = ["run.pt", "run.align.pt", "run.k50.pt"]
@@ -449,12 +496,21 @@ def test_alignment_can_be_dropped_in_phase_2(monkeypatch):
     assert set(terms) == {"loss", "ce", "robust", "diff", "relative_diff", "cosine"}
 
 
+def without_seconds(row):
+    """A row of the history without what depends on the clock."""
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
 def test_align_is_the_first_phase_of_curriculum(tmp_path, whole):
-    """Bit for bit: teacher, student, discriminators and log; and it is kept as run.align.pt."""
+    """Teacher, student, discriminators and log agree bit for bit.
+
+    The first phase is kept as run.align.pt.
+    """
     run_main(*SCRIPT, *ALIGN, *TEACHER, "--method", "align", "--ckpt", tmp_path / "run.pt")
-    run, kept, phase_1, both = (load(path) for path in (
-        tmp_path / "run.pt", tmp_path / "run.align.pt", whole.with_suffix(".align.pt"), whole))
-    for other in (kept, phase_1):
+    run = load(tmp_path / "run.pt")
+    kept = load(tmp_path / "run.align.pt")
+    both = load(whole)
+    for other in (kept, load(whole.with_suffix(".align.pt"))):
         assert_same_weights(run, other)
         assert other["last"]["epoch"] == other["best"]["epoch"] == 2
         judges = other["method_state"]["discriminators"]
@@ -462,26 +518,28 @@ def test_align_is_the_first_phase_of_curriculum(tmp_path, whole):
             assert torch.equal(value, judges[name]), name
     assert_same_weights(load(tmp_path / "run.teacher.pt"), load(whole.with_suffix(".teacher.pt")))
     for row, other in zip(run["history"], both["history"][:2], strict=True):
-        assert {name: value for name, value in row.items() if name != "seconds"} == {
-            name: value for name, value in other.items() if name != "seconds"}
+        assert without_seconds(row) == without_seconds(other)
     assert not any(tmp_path.glob("run.k*"))
-    assert not all(torch.equal(value, both["last"]["state_dict"][name])
-                   for name, value in run["last"]["state_dict"].items())
+    aligned = run["last"]["state_dict"]
+    later = both["last"]["state_dict"]
+    assert not all(torch.equal(value, later[name]) for name, value in aligned.items())
 
 
 def test_phase_2_alone_takes_the_discriminators_of_phase_1(tmp_path, whole):
-    """With a vanishing learning rate they are still those of run.align.pt at the end, and so is the
-    network."""
+    """With a vanishing learning rate they are still those of run.align.pt at the end.
+
+    So is the network.
+    """
     path = whole.with_suffix(".align.pt")
     run_main(*SCRIPT, *SHORT, "--lr", "1e-12", "--align-epochs", 0, "--init", path,
              "--teacher", whole.with_suffix(".teacher.pt"), "--ckpt", tmp_path / "two.pt")
     align = load(path)
     two = load(tmp_path / "two.pt")
     assert [row["k"] for row in two["history"]] == [80, 50]
-    judges = [{name: value for name, value in state["method_state"]["discriminators"].items()
-               if "weight" in name} for state in (align, two)]
-    for name, value in judges[0].items():
-        torch.testing.assert_close(judges[1][name], value, msg=name)
+    judges = two["method_state"]["discriminators"]
+    for name, value in align["method_state"]["discriminators"].items():
+        if "weight" in name:
+            torch.testing.assert_close(judges[name], value, msg=name)
     for name, value in align["last"]["state_dict"].items():
         torch.testing.assert_close(two["last"]["state_dict"][name], value, msg=name)
 
@@ -493,14 +551,23 @@ def tiny_nets(patch):
     patch.setattr(common, "build_model", build)
 
 
+def set_robust(patch, accuracies):
+    """Validation finds these robust accuracies, one after another."""
+    robust = iter(accuracies)
+
+    def validate(*_):
+        return {"val/clean": 1.0, "val/robust": next(robust)}
+    patch.setattr(saliency, "validate", validate)
+
+
 def test_the_best_epoch_is_of_either_phase(tmp_path, monkeypatch):
-    """Phase 1's is the paper's k = 100. The network after each stage is kept, and not replaced
-    unasked."""
+    """Phase 1's is the paper's k = 100. The network after each stage is kept.
+
+    It is not replaced unasked.
+    """
     tiny_nets(monkeypatch)
     # two epochs of the teacher, two of phase 1, two of phase 2
-    robust = iter([0.1, 0.95, 0.9, 0.8, 0.3, 0.4])
-    monkeypatch.setattr(saliency, "validate", lambda *_: {"val/clean": 1.0,
-                                                          "val/robust": next(robust)})
+    set_robust(monkeypatch, [0.1, 0.95, 0.9, 0.8, 0.3, 0.4])
     words = [*SHORT, *TEACHER, "--ks", "90,50", "--ckpt", tmp_path / "run.pt"]
     run_main(*SCRIPT, *words)
     run = load(tmp_path / "run.pt")
@@ -525,7 +592,7 @@ def test_the_best_epoch_is_of_either_phase(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == before[name]
         assert not (tmp_path / "run.pt").exists()
         (tmp_path / name).unlink()
-    robust = iter([0.5] * 4)
+    set_robust(monkeypatch, [0.5] * 4)
     aligned = [*ALIGN, *TEACHER, "--method", "align", "--ckpt", tmp_path / "run.pt"]
     for name in names:
         (tmp_path / name).write_bytes(before[name])
@@ -536,9 +603,11 @@ def test_the_best_epoch_is_of_either_phase(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["paper", "onecycle"])
 def test_learning_rates(schedule, tmp_path, monkeypatch):
-    """onecycle: one cycle over all stages, a new rate at every step, and one for the teacher.
-    paper: a new rate at every epoch, the teacher's falls to a tenth after half of its epochs and
-    after three quarters."""
+    """onecycle: one cycle over all stages and one for the teacher, a new rate at every step.
+
+    paper: a new rate at every epoch. The teacher's falls to a tenth after half of its epochs, and
+    again after three quarters.
+    """
     tiny_nets(monkeypatch)
     seen = []
     real = common.set_lr
@@ -558,14 +627,17 @@ def test_learning_rates(schedule, tmp_path, monkeypatch):
         student = [1, 0.01, 0.01, 0.007, 0.004, 0.001]
         expected = 0.01 * np.repeat([*teacher, *student], 2)
     assert seen == pytest.approx(list(expected))
-    teacher, student = (load(tmp_path / name)["history"] for name in ("run.teacher.pt", "run.pt"))
+    teacher = load(tmp_path / "run.teacher.pt")["history"]
+    student = load(tmp_path / "run.pt")["history"]
     assert [row["lr"] for row in teacher + student] == seen[1::2]
     assert [row["k"] for row in student] == [100, 100, 80, 80, 50, 50]
 
 
 def test_normal_training_and_noise(tmp_path, monkeypatch):
-    """--method nt trains without teacher and discriminators; --input-noise moves every image by at
-    most so much, within [0, 1]."""
+    """--method nt trains without teacher and discriminators.
+
+    --input-noise moves every image by at most so much, within [0, 1].
+    """
     tiny_nets(monkeypatch)
     seen = []
     real = saliency.alternate
@@ -578,20 +650,24 @@ def test_normal_training_and_noise(tmp_path, monkeypatch):
     run_main(*SCRIPT, *words, "--ckpt", tmp_path / "nt.pt")
     run_main(*SCRIPT, *words, "--ckpt", tmp_path / "noise.pt", "--input-noise", "0.1")
     clean, noisy = torch.cat(seen).chunk(2)
-    moved = (noisy - clean).abs()
-    assert 0.09 < moved.max() <= 0.1 + 1e-6 and noisy.min() == 0 and noisy.max() <= 1
-    assert (moved > 0).float().mean() > 0.4
+    change = (noisy - clean).abs()
+    assert 0.09 < change.max() <= 0.1 + 1e-6
+    assert noisy.min() == 0
+    assert noisy.max() <= 1
+    assert (change > 0).float().mean() > 0.4
     for name in ("nt.pt", "noise.pt"):
         history = load(tmp_path / name)["history"]
         assert [row["k"] for row in history] == [100, 100]
         assert {"train/loss", "train/ce"} == {key for key in history[0] if "/" in key}
-    assert not [path.name for path in tmp_path.iterdir()
-                if "teacher" in path.name or "align" in path.name]
+    assert not list(tmp_path.glob("*teacher*"))
+    assert not list(tmp_path.glob("*align*"))
 
 
 def test_the_teachers_radius_grows(tmp_path, monkeypatch):
-    """A third, two thirds, all of radius and step in its first epochs; validation is at the full
-    radius always."""
+    """Radius and step are a third, two thirds and all of theirs in its first epochs.
+
+    Validation is always at the full radius.
+    """
     seen = []
     real = common.pgd
 
@@ -615,11 +691,12 @@ def test_a_teacher_of_another_data_set(tmp_path):
              "nt", "--epochs", 1, "--val", 0, "--ckpt", elsewhere)
     words = [*SHORT, "--teacher-epochs", 2]
     run_main(*SCRIPT, *words, "--ckpt", tmp_path / "run.pt", "--teacher", elsewhere)
-    given, teacher = (load(path)["last"]["state_dict"]
-                      for path in (elsewhere, tmp_path / "run.teacher.pt"))
+    given = load(elsewhere)["last"]["state_dict"]
+    teacher = load(tmp_path / "run.teacher.pt")["last"]["state_dict"]
     head = [name for name in given if name.startswith("9.")]
     assert all(torch.equal(given[name], teacher[name]) for name in given if name not in head)
-    assert head and not any(torch.equal(given[name], teacher[name]) for name in head)
+    assert head
+    assert not any(torch.equal(given[name], teacher[name]) for name in head)
     (tmp_path / "own.teacher.pt").write_bytes(elsewhere.read_bytes())
     with pytest.raises(common.UsageError, match="another --ckpt"):
         run_main(*SCRIPT, *words, "--ckpt", tmp_path / "own.pt", "--teacher",
@@ -627,12 +704,16 @@ def test_a_teacher_of_another_data_set(tmp_path):
     assert (tmp_path / "own.teacher.pt").read_bytes() == elsewhere.read_bytes()
 
 
-@pytest.mark.parametrize("flags", [[], ["--align-delay", "1", "--input-noise", "8/255"], [
-    "--score", "logit", "--curriculum-sign", "literal", "--gamma", "0.001", "--gamma2", "0.001"]],
-    ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    [],
+    ["--align-delay", "1", "--input-noise", "8/255"],
+    ["--score", "logit", "--curriculum-sign", "literal", "--gamma", "0.001", "--gamma2", "0.001"],
+], ids=" ".join)
 def test_launch_resume_evaluate(tmp_path, whole, flags):
-    """All stages in one go equal interruptions in the teacher's, in phase 1 and phase 2; every k
-    has a checkpoint."""
+    """All stages in one go equal interruptions in the teacher's, in phase 1 and in phase 2.
+
+    Every k has a checkpoint.
+    """
     words = [*SHORT, *TEACHER, *flags]
     if flags:
         whole = tmp_path / "whole.pt"
