@@ -85,7 +85,7 @@ def test_mi_fgsm_against_a_plain_loop():
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_inside_ball_and_box_and_reaching_both(name):
-    """Each image's own eps is kept and reached; at the border of [0, 1] the image is clipped."""
+    """Each image's own eps is kept and reached. At the border of [0, 1] the image is clipped."""
     model = Linear()
     x, y = batch()
     x[:, :, 0] = 0.01
@@ -130,7 +130,7 @@ def test_an_empty_batch_is_not_shown_to_the_model(name):
 
 
 def test_eval_mode_makes_samples_independent():
-    """In eval mode an image gets what it gets alone; in train mode not (the test can fail)."""
+    """In eval mode an image gets what it gets alone. In train mode it does not."""
     x, y = batch(shape=(1, 6, 6), classes=5)
     model = SmallNet()
     model(x)
@@ -169,7 +169,7 @@ def test_images_outside_the_unit_box_are_refused(wrong):
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])
 def test_margin(classes):
-    """Against numpy; a shift of all logits changes nothing; an attack moves it as it is told to."""
+    """It agrees with numpy. A shift of all logits changes nothing. An attack moves it as told."""
     torch.manual_seed(0)
     logits = torch.randn(8, classes)
     y = torch.randint(0, classes, (8,))
@@ -188,7 +188,7 @@ def test_margin(classes):
 
 
 def test_losses_stay_finite_with_huge_logits():
-    """Forward and backward, with logits of +-1e4; KL against torch's own where it is tame."""
+    """Forward and backward, with logits of +-1e4. KL agrees with torch's own on tame logits."""
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 5.0]]).requires_grad_(True)
     reference = torch.tensor([[-1e4, 1e4, 3.0], [1e4, 1e4, -1e4]]).requires_grad_(True)
     total = common.kl(logits, reference).sum()
@@ -238,7 +238,7 @@ def test_stopping_early_never_helps_the_defender():
 
 
 def test_restarts_are_pgd_from_other_starts():
-    """One restart is PGD itself; without labels the last restart is the result."""
+    """One restart is PGD itself. Without labels the last restart is the result."""
     model = bent_net(60, 4, scale=3)
     x, y = batch(20, classes=4)
     torch.manual_seed(0)

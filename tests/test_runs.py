@@ -58,7 +58,7 @@ METHODS = ["nt", "fgsm-at", "rfgsm-at", "pgd-at", "trades", "r1", "r2", "r3"]  #
 
 @pytest.mark.parametrize("method", METHODS)
 def test_launch_then_evaluate(tmp_path, method, capsys):
-    """Every method trains on real digits; evaluate.py reads what it wrote and counts right."""
+    """Every method trains on real digits. evaluate.py reads what it wrote and counts right."""
     path = tmp_path / "run.pt"
     train("--method", method, "--epochs", 2, "--ckpt", path)
     attacks = ["clean", "fgsm", "ifgsm-3", "mi-fgsm-3", "pgd-3x2", "pgd-cw-3"]
@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
 
 
 def test_init_and_no_validation(tmp_path):
-    """--init starts from given weights; --val 0 keeps the last epoch.
+    """--init starts from given weights. --val 0 keeps the last epoch.
 
     A network that does not fit is refused.
     """
@@ -571,7 +571,7 @@ def test_a_failed_connection_continues_offline(tmp_path, monkeypatch, capsys):
 
 
 def test_iaat_sends_every_eps_to_wandb(tmp_path, monkeypatch):
-    """As a histogram over all training images; the summary has the best epoch's numbers."""
+    """As a histogram over all training images. The summary has the best epoch's numbers."""
     import wandb
     rows = []
     run = SimpleNamespace(id="abc", define_metric=lambda *_, **__: None, log=rows.append,
@@ -706,7 +706,7 @@ OWN_RUNS = {
 @pytest.mark.parametrize("shape, classes, like", [((20, 20), 3, "mnist"),
                                                   ((32, 32, 3), 20, "cifar10")])
 def test_launch_on_data_of_ones_own(tmp_path, script, shape, classes, like, capsys):
-    """A grey and a coloured NAME.npz train and evaluate; what is missing or wrong is said."""
+    """A grey and a coloured NAME.npz train and evaluate. What is missing or wrong is said."""
     own_data(tmp_path, "mine", shape, classes)
     main = importlib.import_module(script).main
     words = ["--dataset", "mine", "--data-dir", tmp_path, "--model", "cnn-small", "--batch-size",
@@ -751,7 +751,7 @@ def test_classes_are_kept_in_the_checkpoint(tmp_path):
 
 
 def test_what_a_resumed_run_may_change(tmp_path, capsys, monkeypatch):
-    """A flag that is newer than the run counts as its default; auto keeps the run's precision."""
+    """A flag that is newer than the run counts as its default. "auto" keeps the run's precision."""
     path = tmp_path / "run.pt"
     words = ["--method", "nt", "--epochs", 1, "--ckpt", path]
     train(*words, "--precision", "float32")

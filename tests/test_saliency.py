@@ -30,7 +30,7 @@ SCRIPT = [saliency.main, "teacher_saliency.py"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Path of a finished run on digits, with everything that it leaves; for reading only."""
+    """Path of a finished run on digits, with everything that it leaves. Tests only read it."""
     path = tmp_path_factory.mktemp("saliency") / "whole.pt"
     run_main(*SCRIPT, *SHORT, *TEACHER, "--wandb", "disabled", "--ckpt", path)
     return path
