@@ -233,8 +233,8 @@ def method_flags(flag, losses):
     """The script's own flags. flag: the add_argument of a group. losses: the dictionary of main."""
     flag("--method", "--strategy", choices=losses, default="finetune", help="finetune: clean and "
          "adversarial updates in turn, after a first phase on clean images; dual: one update on "
-         "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, mart: MART, all from "
-         "scratch; vanilla: clean images alone, the first phase (%(default)s)")
+         "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, mart: MART, all "
+         "from scratch; vanilla: clean images alone, the first phase (%(default)s)")
     flag("--adversary", choices=["dra", "pgd"], help="of training (%(default)s)")
     flag("--attacked", choices=["present", "first-phase"], default="present", help="the network "
          "that the adversary attacks: the one in training, or the one that the first phase left, "
