@@ -1,0 +1,315 @@
+"""Every table and figure that is shown, made from results/*.json: no number is typed by hand.
+
+    python results/report.py            # writes what has changed, names each file
+    python results/report.py --check    # writes nothing; status 1 and a line for each stale file
+
+It writes README.md's main table and claims between their markers, results/README.md (an index of
+all JSON files), a page per paper, and results/figures. Written by hand are papers.json, the rows
+that the papers print, and claims.json, what the papers say and which networks tell.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+import common
+import draw
+import evaluate
+from runs import (close, compare, concluded, grouped, label, load, main_groups, method, named,
+                  number, seed)
+
+COLUMNS_SHOWN = 8  # of a page's table of all rows
+
+
+# ------------------------------------------------------------------------------------------ cells
+
+def written(value, n=None):
+    """A Number as a cell: mean +- deviation (interval). n: the column's number of images."""
+    if value is None:
+        return "not run"
+    digits = 2 if (value.n or 0) > 1000 else 1
+    text = f"{value.mean:.{digits}f}"
+    if value.deviation is not None:
+        text += f" ± {value.deviation:.{digits}f}"
+    if value.n:
+        text += f" ({value.low:.1f}-{value.high:.1f})"
+    if value.n and value.n != n:
+        text += f", n {value.n:,}"
+    return text
+
+
+def title(column):
+    """A column's heading."""
+    name, mark, rest = re.fullmatch(r"([^:@]*)(.?)(.*)", column).groups()
+    known = {"clean": "clean", "aa": "AutoAttack", "minutes": "minutes", "ms": "ms a batch",
+             "corruptions": "corruptions", "rays-40000": "RayS-40000"}
+    words = known.get(name) or (name if " " in name else name.upper())
+    return f"{words}, eps {rest}" if mark == ":" else f"{words}{mark}{rest}"
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def table(heads, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def links(group, prefix=""):
+    """The group's JSON files as links, named by the seed."""
+    texts = []
+    for network in group:
+        for name in network.names:
+            which = f"{seed(network)}" if name == network.names[0] else "more"
+            texts.append(f"[{which}]({prefix}{name}.json)")
+    return " ".join(texts)
+
+
+def common_n(numbers):
+    """The number of images that most Numbers of a column have."""
+    counts = [value.n for value in numbers if value and value.n]
+    return max(sorted(set(counts)), key=counts.count) if counts else None
+
+
+def numbers_table(groups, columns, first, last):
+    """A table of groups: first(group) cells, a cell per column, last(group) cells."""
+    values = [[number(group, column) for column in columns] for group in groups]
+    ns = [common_n(column) for column in zip(*values)]
+    heads = [title(column) + (f", n {n:,}" if n else "") for column, n in zip(columns, ns)]
+    rows = [[*first(group), *map(written, row, ns), *last(group)]
+            for group, row in zip(groups, values)]
+    return heads, rows
+
+
+def main_table(groups, claims, prefix="results/"):
+    """README's table."""
+    dataset, chosen = main_groups(groups)
+
+    def first(group):
+        script = group[0].facts["script"]
+        about = claims.get(script, {})
+        paper = f" ([paper]({about['link']}))" if about else ""
+        name = f"[{script}.py]({prefix}{about['page']})" if about else f"{script}.py"
+        return [name + paper, method(group[0]), group[0].facts["model"]]
+    heads, rows = numbers_table(chosen, ["clean", "pgd-20", "aa", "minutes"], first,
+                                lambda group: [links(group, prefix)])
+    eps = common.shown(common.DATASETS[dataset]["eps"])
+    text = (f"{dataset}, L-infinity, eps {eps}. Accuracy in % on n test images, ± the deviation "
+            "over seeds, in brackets the 95 % interval from the number of images. Each number in "
+            "the last column is a seed, and links its JSON.")
+    return text + "\n\n" + table(["script", "method", "network", *heads, "JSON"], rows)
+
+
+def claims_table(groups, claims, prefix="results/"):
+    """README's list of claims and verdicts."""
+    rows = []
+    for about in claims.values():
+        for claim in about["claims"]:
+            verdict = concluded([compare(groups, test) for test in claim["tests"]])
+            rows.append([f"[{about['name']}]({prefix}{about['page']})", claim["text"], verdict])
+    return table(["paper", "claim", "here"], rows)
+
+
+def paper_tables(about, groups, papers):
+    """The paper's rows, ours under each, in the paper's columns."""
+    parts = []
+    for dataset, printed in papers.get(about["protocol"], {}).items():
+        ours = about["rows"].get(dataset, {})
+        if not any(named(groups, patterns) for patterns in ours.values()):
+            parts.append(f"{printed['table']}, {dataset}: not run.")
+            continue
+        known = evaluate.PROTOCOLS[about["protocol"]].get(dataset, evaluate.PLAN)
+        protocol = dict(step=known["step"], start=known["start"])
+        rows = []
+        for name, values in printed["rows"].items():
+            cells = ["" if value is None else f"{value:g}" for value in values]
+            rows.append([f"{name}, paper", *cells])
+            found = named(groups, ours.get(name, []))
+            for group in found:
+                numbers = [number(group, column, **protocol) for column in printed["columns"]]
+                rows.append([f"ours, {label(group)}: {links(group)}", *map(written, numbers)])
+            if not found:
+                rows.append(["ours", *["not run"] * len(values)])
+        parts += [f"{printed['table']}, {dataset}, eps {printed['eps']}:",
+                  table(["row", *map(title, printed["columns"])], rows)]
+    return "\n\n".join(parts)
+
+
+def name_of(outcome):
+    """A column's name for an outcome: aliases resolved, a step size shown where it is unusual."""
+    name = evaluate.canonical(outcome["attack"])
+    facts = common.DATASETS.get(outcome["dataset"], common.CIFAR10)
+    kind = evaluate.ALIASES.get(outcome["kind"], outcome["kind"])
+    if not evaluate.ATTACKS[kind].step or "surrogate_sha256" in outcome:
+        return name
+    usual = evaluate.default_step(outcome["eps"], outcome["steps"], None, facts)
+    if "@" in name or close(outcome["step"], usual):
+        return name
+    return f"{name}@{common.shown(outcome['step'])}"
+
+
+def own_tables(groups):
+    """All rows of a script, a table per data set; the attacks that most of them share."""
+    parts = []
+    for dataset in sorted({group[0].facts["dataset"] for group in groups}):
+        chosen = [group for group in groups if group[0].facts["dataset"] == dataset]
+        counts = {}
+        for group in chosen:
+            for column in {name_of(outcome) for network in group for outcome in network.outcomes}:
+                if evaluate.NORMALISED not in column and number(group, column):
+                    counts[column] = counts.get(column, 0) + 1
+        wanted = {"clean", "aa"} & set(counts)
+        often = sorted(set(counts) - wanted, key=lambda column: (-counts[column], column))
+        columns = [*sorted(wanted - {"aa"}), *sorted(often[:COLUMNS_SHOWN - len(wanted)]),
+                   *sorted(wanted - {"clean"})]
+
+        def first(group):
+            facts = group[0].facts
+            return [label(group), method(group[0]), facts["model"], str(len(facts["history"]))]
+        heads, rows = numbers_table(chosen, [*columns, "minutes"], first,
+                                    lambda group: [links(group)])
+        parts += [f"On {dataset}:",
+                  table(["row", "method", "network", "epochs", *heads, "seeds"], rows)]
+    return "\n\n".join(parts)
+
+
+def claims_part(about, groups):
+    """The paper's claims, the numbers on both sides, the verdict."""
+    parts = []
+    for claim in about["claims"]:
+        compared = [compare(groups, test) for test in claim["tests"]]
+        rows = []
+        for c in compared:
+            by = "" if c.low is None else f"{c.low:.1f} to {c.high:.1f}"
+            rows.append([c.say, title(c.column), written(c.method), written(c.control), by,
+                         c.verdict])
+        parts += [f"**{claim['text']}** ({claim['place']}). Here: **{concluded(compared)}**.",
+                  table(["what is compared", "column", "method", "control",
+                         "difference, 95 % interval", "verdict"], rows)]
+        if claim.get("why"):
+            parts.append(claim["why"])
+    return "\n\n".join(parts)
+
+
+def recipe(network):
+    """How a network's numbers come out again, as a list item."""
+    facts = network.facts
+    head = f"* `{network.names[0]}` (seed {seed(network)}, best epoch {facts['best_epoch']} of "
+    lines = [head + f"{len(facts['history'])}, {facts.get('training_minutes')} minutes on "
+             f"{facts['training'].get('hardware')}):"]
+    lines += [f"  `git checkout {(facts['training'].get('commit') or 'unknown').split('-')[0]}`,",
+              f"  `{facts['training'].get('command')}`, then",
+              f"  `{facts['evaluation'].get('command')}`"]
+    return "\n".join(lines)
+
+
+def page(about, groups, papers, figures):
+    """A paper's page."""
+    own = [group for group in groups if group[0].facts["script"] == about["script"]]
+    recipes = [recipe(network) for group in own for network in group]
+    shown = [f"![{figure['alt']}](figures/{name}.png)" for name, figure in figures.items()
+             if figure["paper"] == about["script"]]
+    parts = [f"# {about['name']}", f"{about['paper']} [The paper]({about['link']}), "
+             f"[the script](../{about['script']}.py), [all results](README.md).",
+             "Made by `python results/report.py` from the JSON files. Accuracy in %, ± the "
+             "standard deviation over seeds, in brackets the 95 % interval from the number of "
+             "test images. A claim holds if the whole interval of the difference agrees with "
+             "it. With one seed this interval knows nothing of other seeds.",
+             "## Claims", claims_part(about, groups), *shown,
+             "## The paper's rows and ours", paper_tables(about, groups, papers),
+             "## What explains the differences",
+             "\n".join(f"* {text}" for text in about["misses"]),
+             f"The list \"Differences from the paper\" in [{about['script']}.py]"
+             f"(../{about['script']}.py) is complete.",
+             "## All rows", own_tables(own) if own else "not run",
+             "## How to reproduce each row", "\n".join(recipes) or "not run"]
+    return "\n\n".join(parts) + "\n"
+
+
+def index(groups, claims, folder):
+    """results/README.md: every JSON, its commands, what it shows."""
+    lines = ["# Results", "Made by `python results/report.py`. Pages: " + ", ".join(
+        f"[{about['name']}]({about['page']})" for about in claims.values()) + ".",
+        "`python results/report.py --check` fails where a table and the JSON files disagree.",
+        "![All methods, clean accuracy against AutoAttack](figures/methods.png)"]
+    for group in sorted(groups, key=lambda group: (group[0].facts["script"], label(group))):
+        for network in group:
+            for name in network.names:
+                facts = json.loads((folder / f"{name}.json").read_text())
+                columns = dict.fromkeys(name_of(outcome) for outcome in facts["outcomes"])
+                training, evaluation = facts["training"], facts["evaluation"]
+                weights = f"weights/{name}.pt"
+                kept = f" [Weights]({weights})." if (folder / weights).exists() else ""
+                lines += [f"**[{name}]({name}.json)**: {facts['script']}, {method(network)}, "
+                          f"{facts['model']} on {facts['dataset']}, seed {seed(network)}, "
+                          f"{facts.get('training_minutes')} minutes. It shows "
+                          f"{', '.join(columns)}.{kept}\n"
+                          f"* trained at {training.get('commit')}, {training.get('hardware')}: "
+                          f"`{training.get('command')}`\n"
+                          f"* evaluated at {evaluation.get('commit')}, "
+                          f"{evaluation.get('hardware')}: `{evaluation.get('command')}`"]
+    return "\n\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def between(text, mark, content):
+    """text with what stands between two markers replaced; None where it has no such markers."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    if begin not in text or end not in text:
+        return None
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}"
+
+
+def readme(path, groups, claims):
+    """README's text with its tables renewed; a line for each pair of markers that it lacks."""
+    text = path.read_text()
+    for mark, make in (("table", main_table), ("claims", claims_table)):
+        renewed = between(text, mark, make(groups, claims))
+        if renewed is None:
+            print(f"{path.name}: no <!-- {mark}: begin --> and end, left as it is")
+        text = renewed or text
+    return text
+
+
+def pages(folder, readme_path):
+    """({path: text}, {name: figure}) of everything that is shown."""
+    claims = json.loads((folder / "claims.json").read_text())
+    papers = json.loads((folder / "papers.json").read_text())
+    groups = grouped(load(folder))
+    drawn = draw.collect(groups)
+    texts = {readme_path: readme(readme_path, groups, claims),
+             folder / "README.md": index(groups, claims, folder)}
+    for script, about in claims.items():
+        texts[folder / about["page"]] = page(dict(about, script=script), groups, papers, drawn)
+    return texts, drawn
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    here = Path(__file__).parent
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a file is stale")
+    parser.add_argument("--folder", type=Path, default=here, help="of the JSON files")
+    parser.add_argument("--readme", type=Path, default=here.parent / "README.md")
+    args = parser.parse_args(argv)
+    texts, drawn = pages(args.folder, args.readme)
+    stale = [path for path, text in texts.items()
+             if not path.exists() or path.read_text() != text]
+    old = draw.stale(args.folder / "figures", drawn)
+    for path in [*stale, *old]:
+        print(f"{path.name}: {'would change' if args.check else 'written'}")
+    if not args.check:
+        for path in stale:
+            path.write_text(texts[path])
+        for path in old:
+            draw.save(path, drawn.get(path.stem))
+    return int(args.check and bool(stale or old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
