@@ -10,7 +10,7 @@ import json
 import numpy as np
 
 import common
-from runs import label, main_groups, measured, method, named, number
+from runs import best_known, label, main_groups, measured, method, named, number
 
 NAMES = ("methods", "overfitting", "masking", "iaat-tradeoff", "dra-transfer")
 SIZE = 11  # of the text, in points, of a picture 8 inches wide: about 15 pixels in a README
@@ -23,6 +23,10 @@ def eps_of(dataset):
     return f"{dataset}, L-infinity eps {common.shown(common.DATASETS[dataset]['eps'])}"
 
 
+def on(groups, dataset):
+    return [group for group in groups if group[0].facts["dataset"] == dataset]
+
+
 def history(group, key):
     """(epochs, values) of a key of a group's first seed; empty where it has none."""
     rows = [row for row in group[0].facts["history"] if key in row]
@@ -33,7 +37,7 @@ def methods(groups):
     """Clean accuracy against AutoAttack: a large point for a method, small ones for its seeds."""
     dataset, chosen = main_groups(groups)
     lines = []
-    for group in chosen:
+    for group in chosen.values():
         clean, aa = number(group, "clean"), number(group, "aa")
         if not clean:
             continue
@@ -58,51 +62,42 @@ def overfitting(groups):
     One panel per method of the main table's data set, those with the widest gap, six at most.
     """
     dataset, _ = main_groups(groups)
-    panels = {}
-    for group in groups:
-        facts = group[0].facts
-        keys = facts["history"][0]
+    panels = []
+    known = [group for group in on(groups, dataset) if method(group[0]) in SINGLE_STEP
+             and {"val/fgsm", "val/weak"} & set(group[0].facts["history"][0])]
+    for (script, name), group in best_known(known).items():
+        keys = group[0].facts["history"][0]
         strong = next((key for key in sorted(keys) if key.startswith("val/pgd")), "val/robust")
         weak = "val/fgsm" if "val/fgsm" in keys else "val/weak"
-        if facts["dataset"] != dataset or method(group[0]) not in SINGLE_STEP or weak not in keys:
-            continue
         (epochs, pgd), (same, fgsm) = history(group, strong), history(group, weak)
-        if epochs != same:
+        if not epochs or epochs != same:
             continue
         lines = [dict(label="FGSM" if weak == "val/fgsm" else "one step", x=epochs,
                       y=[100 * value for value in fgsm], colour=1, style="--"),
                  dict(label="PGD", x=epochs, y=[100 * value for value in pgd], colour=0,
                       style="-")]
-        gap = max(a - b for a, b in zip(fgsm, pgd))
-        panel = dict(title=label(group), xlabel="epoch", ylabel="held-out accuracy, %",
-                     lines=lines, best=facts["best_epoch"])
-        key = (facts["script"], method(group[0]))
-        if key not in panels or gap > panels[key][0]:
-            panels[key] = (gap, panel)
-    widest = sorted(panels.values(), key=lambda pair: (-pair[0], pair[1]["title"]))[:6]
+        panel = dict(title=f"{name} ({script}.py)", xlabel="epoch", lines=lines,
+                     ylabel="held-out accuracy, %", best=group[0].facts["best_epoch"],
+                     ylim=[-2, 102])
+        panels.append((max(a - b for a, b in zip(fgsm, pgd)), panel))
+    widest = [panel for _, panel in sorted(panels, key=lambda pair: -pair[0])][:6]
     if not widest:
         return None
     return dict(paper="sat_rx", alt="Catastrophic overfitting of single-step training",
                 title=f"Catastrophic overfitting: {eps_of(dataset)}\ndotted: the best epoch, "
-                "whose weights are kept", panels=[panel for _, panel in widest],
-                columns=min(2, len(widest)))
+                "whose weights are kept", panels=widest, columns=min(2, len(widest)))
 
 
 def masking(groups):
     """The paper's figs. 1 and 2: distances between logits, and the loss gap, over epochs."""
     dataset, _ = main_groups(groups)
-    chosen = {}
-    for group in groups:
-        facts = group[0].facts
-        if facts["dataset"] == dataset and history(group, "masking/loss_gap")[0]:
-            key = method(group[0])
-            if key not in chosen or len(group) > len(chosen[key]):
-                chosen[key] = group
+    chosen = {name: group for (_, name), group in best_known(on(groups, dataset)).items()
+              if history(group, "masking/loss_gap")[0]}
     if not chosen:
         return None
     panels = []
-    for key, text in (("l2_ifgsm", "logits of FGSM and IFGSM samples: distance"),
-                      ("l2_rfgsm", "logits of FGSM and R-FGSM samples: distance"),
+    for key, text in (("l2_ifgsm", "distance between the logits of FGSM and IFGSM samples"),
+                      ("l2_rfgsm", "distance between the logits of FGSM and R-FGSM samples"),
                       ("loss_gap", "loss under PGD minus loss under FGSM")):
         lines = []
         for colour, name in enumerate(sorted(chosen)):
@@ -237,6 +232,10 @@ def draw_panel(ax, panel, gap):
             ax.plot(x, y, ".", color=colour, alpha=0.6, markersize=7)
     if "best" in panel:
         ax.axvline(panel["best"], color="0.3", ls=":", lw=1.5)
+    if panel["xlabel"] == "epoch":
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if "ylim" in panel:
+        ax.set_ylim(panel["ylim"])
     if "scale" in panel:
         ax.set_yscale(panel["scale"])
     ax.set_title(panel["title"], fontsize=SIZE, loc="left")

@@ -20,7 +20,7 @@ import common
 import draw
 import evaluate
 from runs import (close, compare, concluded, grouped, label, load, main_groups, method, named,
-                  number, seed)
+                  number, seed, stage)
 
 COLUMNS_SHOWN = 8  # of a page's table of all rows
 
@@ -47,7 +47,7 @@ def title(column):
     name, mark, rest = re.fullmatch(r"([^:@]*)(.?)(.*)", column).groups()
     known = {"clean": "clean", "aa": "AutoAttack", "minutes": "minutes", "ms": "ms a batch",
              "corruptions": "corruptions", "rays-40000": "RayS-40000"}
-    words = known.get(name) or (name if " " in name else name.upper())
+    words = known.get(name) or (name if " " in name else re.sub(r"X(?=\d)", "x", name.upper()))
     return f"{words}, eps {rest}" if mark == ":" else f"{words}{mark}{rest}"
 
 
@@ -86,8 +86,9 @@ def numbers_table(groups, columns, first, last):
 
 
 def main_table(groups, claims, prefix="results/"):
-    """README's table."""
+    """README's table, the most robust method first."""
     dataset, chosen = main_groups(groups)
+    chosen = sorted(chosen.values(), key=lambda group: -number(group, "aa").mean)
 
     def first(group):
         script = group[0].facts["script"]
@@ -124,25 +125,40 @@ def paper_tables(about, groups, papers):
             continue
         known = evaluate.PROTOCOLS[about["protocol"]].get(dataset, evaluate.PLAN)
         protocol = dict(step=known["step"], start=known["start"])
-        rows = []
-        for name, values in printed["rows"].items():
-            cells = ["" if value is None else f"{value:g}" for value in values]
-            rows.append([f"{name}, paper", *cells])
-            found = named(groups, ours.get(name, []))
-            for group in found:
-                numbers = [number(group, column, **protocol) for column in printed["columns"]]
-                rows.append([f"ours, {label(group)}: {links(group)}", *map(written, numbers)])
-            if not found:
-                rows.append(["ours", *["not run"] * len(values)])
         parts += [f"{printed['table']}, {dataset}, eps {printed['eps']}:",
-                  table(["row", *map(title, printed["columns"])], rows)]
+                  paper_table(printed, ours, groups, protocol)]
     return "\n\n".join(parts)
 
 
+def paper_table(printed, ours, groups, protocol):
+    """One table: a row of the paper, then ours, where the method is one of this project's.
+
+    protocol: the step and start of its attacks.
+    """
+    columns = printed["columns"]
+    found = {name: named(groups, ours.get(name, [])) for name in printed["rows"]}
+    numbers = [[number(group, column, **protocol) for column in columns]
+               for chosen in found.values() for group in chosen]
+    ns = [common_n(column) for column in zip(*numbers)]
+    heads = [title(column) + (f", our n {n:,}" if n else "") for column, n in zip(columns, ns)]
+    rows = []
+    remaining = iter(numbers)
+    for name, values in printed["rows"].items():
+        rows.append([f"**{name}**, paper", *["" if v is None else f"{v:g}" for v in values]])
+        for group in found[name]:
+            head = f"ours, {label(group)} ({group[0].facts['model']}): {links(group)}"
+            rows.append([head, *map(written, next(remaining), ns)])
+        if name in ours and not found[name]:
+            rows.append(["ours", *["not run"] * len(values)])
+    return table(["row", *heads], rows)
+
+
 def name_of(outcome):
-    """A column's name for an outcome: aliases resolved, a step size shown where it is unusual."""
+    """A column's name for an outcome: aliases resolved, radius and step shown where unusual."""
     name = evaluate.canonical(outcome["attack"])
     facts = common.DATASETS.get(outcome["dataset"], common.CIFAR10)
+    if close(outcome["eps"], facts["eps"]) and evaluate.NORMALISED not in name:
+        name = re.sub(":[^@]*", "", name)
     kind = evaluate.ALIASES.get(outcome["kind"], outcome["kind"])
     if not evaluate.ATTACKS[kind].step or "surrogate_sha256" in outcome:
         return name
@@ -152,25 +168,29 @@ def name_of(outcome):
     return f"{name}@{common.shown(outcome['step'])}"
 
 
+def own_columns(groups):
+    """The white-box attacks that most of these groups share; clean first, AutoAttack last."""
+    counts = {}
+    for group in groups:
+        for column in {name_of(outcome) for network in group for outcome in network.outcomes
+                       if "surrogate_sha256" not in outcome}:
+            if evaluate.NORMALISED not in column and number(group, column):
+                counts[column] = counts.get(column, 0) + 1
+    often = sorted(counts, key=lambda column: (column not in ("clean", "aa"), -counts[column],
+                                               column))
+    return sorted(often[:COLUMNS_SHOWN], key=lambda column: (column != "clean", column == "aa",
+                                                             column))
+
+
 def own_tables(groups):
-    """All rows of a script, a table per data set; the attacks that most of them share."""
+    """All rows of a script, a table per data set."""
+    def first(group):
+        facts = group[0].facts
+        return [label(group), method(group[0]), facts["model"], str(len(facts["history"]))]
     parts = []
     for dataset in sorted({group[0].facts["dataset"] for group in groups}):
         chosen = [group for group in groups if group[0].facts["dataset"] == dataset]
-        counts = {}
-        for group in chosen:
-            for column in {name_of(outcome) for network in group for outcome in network.outcomes}:
-                if evaluate.NORMALISED not in column and number(group, column):
-                    counts[column] = counts.get(column, 0) + 1
-        wanted = {"clean", "aa"} & set(counts)
-        often = sorted(set(counts) - wanted, key=lambda column: (-counts[column], column))
-        columns = [*sorted(wanted - {"aa"}), *sorted(often[:COLUMNS_SHOWN - len(wanted)]),
-                   *sorted(wanted - {"clean"})]
-
-        def first(group):
-            facts = group[0].facts
-            return [label(group), method(group[0]), facts["model"], str(len(facts["history"]))]
-        heads, rows = numbers_table(chosen, [*columns, "minutes"], first,
+        heads, rows = numbers_table(chosen, [*own_columns(chosen), "minutes"], first,
                                     lambda group: [links(group)])
         parts += [f"On {dataset}:",
                   table(["row", "method", "network", "epochs", *heads, "seeds"], rows)]
@@ -195,16 +215,40 @@ def claims_part(about, groups):
     return "\n\n".join(parts)
 
 
+def commands(network):
+    """evaluate.py's commands that measure the numbers again, one for each number of images.
+
+    What needs another network is left out: the JSON has the command that was given.
+    """
+    facts = network.facts
+    usual = common.DATASETS.get(facts["dataset"], facts["args"])["eps"]
+    asked = {}
+    for outcome in network.outcomes:
+        if "surrogate_sha256" in outcome or evaluate.NORMALISED in outcome["attack"]:
+            continue
+        flags = f"--limit {0 if outcome['n'] == 10_000 else outcome['n']}"
+        if outcome["kind"] in ("pgd", "pgd-cw") and outcome.get("start") == "step":
+            flags += " --start step"
+        names = asked.setdefault(flags, [])
+        if name_of(outcome) not in names:
+            names.append(name_of(outcome))
+    words = facts["training"].get("command", "").split()
+    place = words[words.index("--ckpt") + 1] if "--ckpt" in words else "run.pt"
+    if stage(network):
+        place = f"{place.removesuffix('.pt')}.{stage(network)}.pt"
+    return [f"python evaluate.py --ckpt {place} {flags} --eps {common.shown(usual)} "
+            f"--attacks {','.join(names)}" for flags, names in asked.items()]
+
+
 def recipe(network):
     """How a network's numbers come out again, as a list item."""
     facts = network.facts
-    head = f"* `{network.names[0]}` (seed {seed(network)}, best epoch {facts['best_epoch']} of "
-    lines = [head + f"{len(facts['history'])}, {facts.get('training_minutes')} minutes on "
-             f"{facts['training'].get('hardware')}):"]
-    lines += [f"  `git checkout {(facts['training'].get('commit') or 'unknown').split('-')[0]}`,",
-              f"  `{facts['training'].get('command')}`, then",
-              f"  `{facts['evaluation'].get('command')}`"]
-    return "\n".join(lines)
+    lines = [f"* `{network.names[0]}` (seed {seed(network)}, best epoch {facts['best_epoch']} of "
+             f"{len(facts['history'])}, {facts.get('training_minutes')} minutes on "
+             f"{facts['training'].get('hardware')}), at commit "
+             f"{facts['training'].get('commit')}:",
+             f"  `{facts['training'].get('command')}`"]
+    return "\n".join(lines + [f"  <br>`{command}`" for command in commands(network)])
 
 
 def page(about, groups, papers, figures):

@@ -65,33 +65,36 @@ def method(network):
     args = network.facts["args"]
     name = args.get("method") or args.get("strategy") or args.get("loss")
     if name is None or stage(network):
-        name = stage(network) or "both phases"
+        name = stage(network) or "curriculum"
     return name
-
-
-def settings(network):
-    """What seeds of one method have in common, as text."""
-    facts = network.facts
-    flags = {flag: value for flag, value in facts["args"].items()
-             if flag not in PATHS and flag not in MACHINE}
-    given = [flag for flag in PATHS if facts["args"].get(flag)]
-    parts = [facts["script"], facts["model"], facts["dataset"], stage(network), flags, given]
-    return json.dumps(parts, sort_keys=True)
 
 
 def seed(network):
     return network.facts["args"].get("seed", 0)
 
 
+def same_method(a, b):
+    """Whether two networks may be seeds of one method. Flags that only one knows do not count."""
+    if any(a.facts[what] != b.facts[what] for what in ("script", "model", "dataset")):
+        return False
+    one, other = a.facts["args"], b.facts["args"]
+    if stage(a) != stage(b) or any(bool(one.get(path)) != bool(other.get(path)) for path in PATHS):
+        return False
+    flags = set(one) & set(other) - {*PATHS, *MACHINE}
+    return all(one[flag] == other[flag] for flag in flags)
+
+
 def grouped(networks):
     """Lists of networks that differ in the seed alone; a seed's second network is a group apart."""
-    groups = {}
+    groups = []
     for network in networks:
-        turn = 0
-        while seed(network) in groups.get((settings(network), turn), {}):
-            turn += 1
-        groups.setdefault((settings(network), turn), {})[seed(network)] = network
-    return [[group[key] for key in sorted(group)] for group in groups.values()]
+        fit = [group for group in groups if same_method(group[0], network)
+               and seed(network) not in map(seed, group)]
+        if fit:
+            fit[0].append(network)
+        else:
+            groups.append([network])
+    return [sorted(group, key=seed) for group in groups]
 
 
 def label(group):
@@ -231,33 +234,59 @@ def on_curve(groups, test, column, method):
     return Number(mean, None, min(one, other, mean), max(one, other, mean), None, 1)
 
 
+def seeds_part(method, control, times):
+    """Half the 95 % interval of the difference that the spread over seeds gives; 0: one seed each.
+
+    Welch's where both sides have several seeds. A side with one is given the other's deviation.
+    """
+    sides = ((method, 1), (control, times))
+    several = [side for side, _ in sides if side.seeds > 1]
+    if not several:
+        return 0.0
+    parts = []
+    for side, factor in sides:
+        spread = side.deviation if side.seeds > 1 else several[0].deviation
+        parts.append((factor * spread) ** 2 / side.seeds)
+    variance = sum(parts)
+    if not variance:
+        return 0.0
+    freedom = several[0].seeds - 1
+    if len(several) == 2:
+        freedom = variance ** 2 / sum(part ** 2 / (side.seeds - 1)
+                                      for part, (side, _) in zip(parts, sides))
+    return float(student.ppf(0.975, freedom)) * math.sqrt(variance)
+
+
 def interval(method, control, times):
-    """(low, high) of method - times * control, in points. Seeds count where both have several."""
+    """(low, high) of method - times * control, in points: 95 %, from the images and the seeds."""
     difference = method.mean - times * control.mean
-    seeds = 0.0
-    if method.seeds > 1 and control.seeds > 1:
-        a = method.deviation ** 2 / method.seeds
-        b = (times * control.deviation) ** 2 / control.seeds
-        if a + b:
-            freedom = (a + b) ** 2 / (a ** 2 / (method.seeds - 1) + b ** 2 / (control.seeds - 1))
-            seeds = float(student.ppf(0.975, freedom)) * math.sqrt(a + b)
+    seeds = seeds_part(method, control, times)
     below = math.hypot(method.mean - method.low, times * (control.high - control.mean), seeds)
     above = math.hypot(method.high - method.mean, times * (control.mean - control.low), seeds)
-    return difference - below, difference + above
+    low, high = difference - below, difference + above
+    if method.n:  # accuracies
+        low, high = max(low, -100.0), min(high, 100.0)
+    return low, high
+
+
+def sides(groups, test, column):
+    """(method, control): the Numbers of a test in a column, None what was not run."""
+    method = side(groups, test["method"], column)
+    if "curve" in test:
+        return method, on_curve(groups, test, column, method)
+    return method, side(groups, test["control"], test.get("control_column", column))
 
 
 def compare(groups, test):
-    """The Comparison of a claim's test: see results/claims.json."""
+    """The Comparison of a claim's test: see results/claims.json.
+
+    Its column may be a list: the first that both sides have is taken.
+    """
     columns = test["column"] if isinstance(test["column"], list) else [test["column"]]
-    for column in columns:
-        method = side(groups, test["method"], column)
-        if "curve" in test:
-            control = on_curve(groups, test, column, method)
-        else:
-            control = side(groups, test["control"], test.get("control_column", column))
-        if method and control:
-            break
-    if not method or not control:
+    pairs = {column: sides(groups, test, column) for column in columns}
+    column = next((column for column in columns if None not in pairs[column]), columns[0])
+    method, control = pairs[column]
+    if method is None or control is None:
         return Comparison(test["say"], column, method, control, None, None, "not run")
     low, high = interval(method, control, test.get("times", 1))
     least = test.get("above", -math.inf)
@@ -267,7 +296,7 @@ def compare(groups, test):
         verdict = "holds"
     elif high < least or low > most:
         verdict = "fails"
-    if min(method.seeds, control.seeds) == 1:
+    if method.seeds == 1 and control.seeds == 1:
         verdict += ", one seed"
     return Comparison(test["say"], column, method, control, low, high, verdict)
 
@@ -291,21 +320,30 @@ def concluded(comparisons):
     return verdict
 
 
+def best_known(groups):
+    """{(script, method): group}: one group of each method, that of most epochs, then most seeds.
+
+    Of equals the one whose training command has the fewest words: nearest to the defaults.
+    """
+    best = {}
+    for group in groups:
+        facts = group[0].facts
+        words = len((facts["training"].get("command") or "").split())
+        rank = (len(facts["history"]), len(group), -words)
+        key = (facts["script"], method(group[0]))
+        if key not in best or rank > best[key][0]:
+            best[key] = (rank, group)
+    return {key: best[key][1] for key in sorted(best)}
+
+
 def main_groups(groups):
-    """(data set, groups) of the main table: one per script and method, the longest of most seeds.
+    """(data set, {(script, method): group}) of the main table: networks with AutoAttack's number.
 
     The rows of one budget on CIFAR-10 where there are any, else MNIST's.
     """
     for dataset, pattern in (("cifar10", "cifar10-*"), ("mnist", "*")):
-        best = {}
-        for group in named(groups, [pattern]):
-            facts = group[0].facts
-            if facts["dataset"] != dataset or not number(group, "aa"):
-                continue
-            rank = (len(group), len(facts["history"]))
-            key = (facts["script"], method(group[0]))
-            if key not in best or rank > best[key][0]:
-                best[key] = (rank, group)
-        if best:
+        found = [group for group in named(groups, [pattern])
+                 if group[0].facts["dataset"] == dataset and number(group, "aa")]
+        if found:
             break
-    return dataset, [group for _, (_, group) in sorted(best.items(), key=lambda item: item[0])]
+    return dataset, best_known(found)

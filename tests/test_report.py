@@ -1,0 +1,274 @@
+"""results/report.py: seeds, means, intervals, verdicts, new and missing rows, and its --check."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RESULTS = Path(__file__).parent.parent / "results"
+sys.path.insert(0, str(RESULTS))
+import draw
+import evaluate
+import report
+import runs
+
+ABOUT = {"sat_rx": {
+    "name": "SAT-Rx", "page": "sat_rx.md", "protocol": "sat_rx", "link": "https://example.org",
+    "paper": "A paper.", "misses": ["A reason."], "rows": {"mnist": {"SAT-R2": ["new-r2-s*"],
+                                                                      "SAT-R1": ["new-r1-s*"]}},
+    "claims": [{"text": "R2 is better than FGSM-AT.", "place": "table 1", "tests": [
+        {"say": "R2 against FGSM-AT", "method": ["new-r2-s*"], "control": ["new-fgsm-at-s*"],
+         "column": ["aa", "pgd-20"], "above": 0}]}]}}
+PAPERS = {"sat_rx": {"mnist": {
+    "table": "Table 3", "eps": "0.3", "columns": ["clean", "pgd-100"],
+    "rows": {"SAT-R2": [98.23, 90.03], "SAT-R1": [98.15, 88.76], "EAT": [99.37, 0.34]}}}}
+
+
+def outcome(attack, accuracy, n, sha, **more):
+    """An outcome as evaluate.py writes it, of one of these four attacks at MNIST's usual eps."""
+    kinds = {"clean": (None, None, None, None), "fgsm": (0.3, None, None, None),
+             "pgd-20": (0.3, 0.01875, 20, "ball"), "aa": (0.3, None, None, None)}
+    eps, step, steps, start = kinds[attack]
+    kind = attack.partition("-")[0]
+    return dict(dict(attack=attack, kind=kind, eps=eps, step=step, steps=steps, restarts=1,
+                     start=start, n=n, dataset="mnist", weights_sha256=sha, key=f"{sha}-{attack}",
+                     accuracy=accuracy), **more)
+
+
+def write(folder, name, method, seed, accuracies, n=1000, script="sat_rx", **args):
+    """A JSON like those of evaluate.py --results. accuracies: attack -> share of 1."""
+    outcomes = [outcome(attack, accuracy, n, f"sha-{name}") for attack, accuracy
+                in accuracies.items()]
+    flags = dict(method=method, seed=seed, ckpt=f"runs/{name}.pt", lam=5.0, init=None, **args)
+    history = [{"epoch": epoch, "seconds": 60, "val/fgsm": 0.9, "val/pgd-40": 0.9 / epoch}
+               for epoch in (1, 2)]
+    made = dict(commit="abc", hardware="CPU", command=f"python {script}.py --ckpt runs/{name}.pt")
+    facts = dict(script=script, model="lenet+", dataset="mnist", args=flags, best_epoch=1,
+                 training=made, training_minutes=2.0 + seed, outcomes=outcomes, history=history,
+                 evaluation=dict(made, command=f"python evaluate.py --ckpt runs/{name}.pt"))
+    (folder / f"{name}.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A results folder with three seeds of R2, one FGSM-AT, and a README with markers."""
+    for seed, robust in enumerate((0.80, 0.84, 0.88)):
+        write(tmp_path, f"new-r2-s{seed}", "r2", seed, {"clean": 0.98, "pgd-20": 0.9,
+                                                        "aa": robust})
+    write(tmp_path, "new-fgsm-at-s0", "fgsm-at", 0, {"clean": 0.99, "aa": 0.01})
+    (tmp_path / "claims.json").write_text(json.dumps(ABOUT))
+    (tmp_path / "papers.json").write_text(json.dumps(PAPERS))
+    (tmp_path / "front.md").write_text("Hand-written.\n<!-- table: begin -->\n"
+                                       "<!-- table: end -->\nMore.\n")
+    return tmp_path
+
+
+def run(folder, *words):
+    """report.py's exit status on this folder."""
+    return report.main(["--folder", str(folder), "--readme", str(folder / "front.md"), *words])
+
+
+def group_of(folder, name):
+    groups = runs.grouped(runs.load(folder))
+    return next(group for group in groups if runs.label(group) == name)
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+def test_seeds_are_one_group_and_their_mean_and_deviation_are_right(folder):
+    """Of 80, 84 and 88 %: mean 84, deviation 4 with n - 1; minutes 2, 3 and 4: 3 and 1."""
+    group = group_of(folder, "new-r2")
+    assert [runs.seed(network) for network in group] == [0, 1, 2]
+    value = runs.number(group, "aa")
+    assert (value.mean, value.deviation, value.seeds, value.n) == pytest.approx((84, 4, 3, 1000))
+    assert (value.low, value.high) == pytest.approx([100 * x for x in evaluate.wilson(0.84, 1000)])
+    minutes = runs.number(group, "minutes")
+    assert (minutes.mean, minutes.deviation, minutes.n) == (3, 1, None)
+    assert report.written(value) == "84.0 ± 4.0 (81.6-86.1), n 1,000"
+
+
+@pytest.mark.parametrize("change", [dict(lam=1.0), dict(method="r1"), dict(init="runs/a.pt"),
+                                    dict(model="cnn-small"), dict(seed=2)])
+def test_another_flag_method_network_or_the_same_seed_is_another_group(folder, change):
+    write(folder, "new-r2-s9", "r2", 9, {"clean": 0.98, "aa": 0.5})
+    assert len(group_of(folder, "new-r2")) == 4
+    path = folder / "new-r2-s9.json"
+    facts = json.loads(path.read_text())
+    place = facts if "model" in change else facts["args"]
+    place.update(change)
+    path.write_text(json.dumps(facts))
+    groups = runs.grouped(runs.load(folder))
+    assert sorted(len(group) for group in groups) == [1, 1, 3]
+
+
+def test_two_files_of_the_same_weights_are_one_network(folder):
+    write(folder, "new-r2-s0-common", "r2", 0, {"fgsm": 0.95}, n=500)
+    path = folder / "new-r2-s0-common.json"
+    path.write_text(path.read_text().replace("sha-new-r2-s0-common", "sha-new-r2-s0"))
+    group = group_of(folder, "new-r2")
+    assert len(group) == 3 and group[0].names == ["new-r2-s0", "new-r2-s0-common"]
+    assert runs.number(group, "fgsm").seeds == 1
+
+
+@pytest.mark.parametrize("change, found", [
+    (dict(attack="cw-20", kind="cw"), "pgd-cw-20"), (dict(attack="un-20", kind="un"), "pgd-cw-20"),
+    (dict(step=0.01), "pgd-20@0.01"), (dict(eps=0.1, step=0.00625), "pgd-20:0.1"),
+    (dict(surrogate_sha256="x", attack="pgd-20@other"), "pgd-20@surrogate")])
+def test_an_attack_is_known_by_its_budget_not_by_its_name(folder, change, found):
+    """Older files call the margin attack un or cw, and do not name an unusual step."""
+    path = folder / "new-fgsm-at-s0.json"
+    facts = json.loads(path.read_text())
+    facts["outcomes"].append(outcome("pgd-20", 0.25, 1000, "sha-new-fgsm-at-s0") | change)
+    path.write_text(json.dumps(facts))
+    group = group_of(folder, "new-fgsm-at")
+    assert runs.number(group, found).mean == 25
+    assert runs.number(group, "pgd-20") is None
+
+
+# ----------------------------------------------------------------------------------------- verdicts
+
+def value(mean, deviation=None, low=None, high=None, seeds=1, n=1000):
+    return runs.Number(mean, deviation, mean if low is None else low,
+                       mean if high is None else high, n, seeds)
+
+
+def test_the_interval_of_a_difference_is_newcombes_and_welchs():
+    """Newcombe 1998, example (a) of his table: 56/70 - 48/80 = 0.2, 0.0524 to 0.3339."""
+    sides = []
+    for right, n in ((56, 70), (48, 80)):
+        low, high = evaluate.wilson(right / n, n)
+        sides.append(value(100 * right / n, None, 100 * low, 100 * high))
+    assert runs.interval(*sides, 1) == pytest.approx((5.24, 33.39), abs=0.01)
+    several = [value(84, 4, seeds=3), value(70, 4, seeds=3)]  # t of 4 degrees: 2.776
+    half = 2.776 * math.sqrt(16 / 3 + 16 / 3)
+    assert runs.interval(*several, 1) == pytest.approx((14 - half, 14 + half), abs=0.01)
+    one = [value(84, 4, seeds=3), value(70)]  # the other's deviation, 2 degrees: 4.303
+    half = 4.303 * math.sqrt(16 / 3 + 16)
+    assert runs.interval(*one, 1) == pytest.approx((14 - half, 14 + half), abs=0.01)
+
+
+@pytest.mark.parametrize("above, verdict", [(10, "holds"), (30, "not distinguishable"),
+                                            (60, "fails")])
+def test_the_verdict_asks_for_the_whole_interval(folder, above, verdict):
+    """Seeds of 36, 38, 40 % and 10, 6, 8 %: the difference is 30."""
+    for seed, (a, b) in enumerate(((0.36, 0.10), (0.38, 0.06), (0.40, 0.08))):
+        write(folder, f"a-s{seed}", "r1", seed, {"aa": a}, n=10_000)
+        write(folder, f"b-s{seed}", "nt", seed, {"aa": b}, n=10_000)
+    groups = runs.grouped(runs.load(folder))
+    test = dict(say="", method=["a-s*"], control=["b-s*"], column="aa", above=above)
+    assert runs.compare(groups, test).verdict == verdict
+
+
+def test_a_verdict_of_one_seed_says_so_and_without_a_side_it_is_not_run(folder):
+    write(folder, "old", "nt", 0, {"aa": 0.5})
+    groups = runs.grouped(runs.load(folder))
+    test = dict(say="", method=["old"], control=["new-fgsm-at-s0"], column=["pgd-20", "aa"],
+                above=0)
+    compared = runs.compare(groups, test)
+    assert (compared.verdict, compared.column) == ("holds, one seed", "aa")
+    missing = runs.compare(groups, dict(test, control=["nobody-s*"]))
+    assert missing.verdict == "not run"
+    assert runs.concluded([compared, missing]) == "holds, one seed (1 of 2 comparisons run)"
+    assert runs.concluded([missing]) == "not run"
+
+
+def test_a_curve_is_read_at_the_methods_own_place(folder):
+    """Points (50, 90) and (60, 80): at 54 the curve is 86, outside of it there is nothing."""
+    write(folder, "c-1", "c1", 0, {"clean": 0.9, "aa": 0.5})
+    write(folder, "c-2", "c2", 0, {"clean": 0.8, "aa": 0.6})
+    write(folder, "d-1", "d1", 0, {"clean": 0.99, "aa": 0.54})
+    write(folder, "d-2", "d2", 0, {"clean": 0.99, "aa": 0.7})
+    groups = runs.grouped(runs.load(folder))
+    test = dict(say="", method=["d-1"], control=["c-*"], column="clean", curve="aa", above=0)
+    assert runs.compare(groups, test).control.mean == pytest.approx(86)
+    assert runs.compare(groups, dict(test, method=["d-2"])).verdict == "not run"
+
+
+# -------------------------------------------------------------------------------------------- files
+
+def test_check_fails_where_a_table_was_altered_by_hand_and_writes_nothing(folder, capsys):
+    assert run(folder, "--check") == 1
+    assert not (folder / "sat_rx.md").exists()
+    assert run(folder) == 0 and run(folder, "--check") == 0
+    for name in ("front.md", "sat_rx.md", "README.md"):
+        path = folder / name
+        whole = path.read_text()
+        path.write_text(whole.replace("84.0", "85.0").replace("2.0 minutes", "1.0 minutes"))
+        assert path.read_text() != whole
+        capsys.readouterr()
+        assert run(folder, "--check") == 1
+        assert f"{name}: would change" in capsys.readouterr().out
+        path.write_text(whole)
+    assert run(folder, "--check") == 0
+    assert "Hand-written." in (folder / "front.md").read_text()
+
+
+def test_a_new_json_is_a_new_row_in_table_and_figure_and_a_missing_one_is_not_run(folder):
+    run(folder)
+    page = (folder / "sat_rx.md").read_text()
+    ours = page[page.index("**SAT-R1**"):].splitlines()[1]
+    assert ours == "| ours | not run | not run |"
+    assert "EAT**, paper | 99.37 | 0.34 |" in page
+    before = draw.collect(runs.grouped(runs.load(folder)))["methods"]
+    write(folder, "new-r1-s0", "r1", 0, {"clean": 0.97, "aa": 0.71})
+    assert run(folder, "--check") == 1
+    run(folder)
+    for name in ("front.md", "sat_rx.md"):
+        assert "71.0 (68.1-73.7)" in (folder / name).read_text()
+    after = draw.collect(runs.grouped(runs.load(folder)))["methods"]
+    assert len(after["panels"][0]["lines"]) == len(before["panels"][0]["lines"]) + 1
+    assert (folder / "figures" / "methods.png").exists() and run(folder, "--check") == 0
+
+
+def test_a_picture_of_other_data_is_stale_and_one_without_data_goes(folder):
+    run(folder)
+    pictures = folder / "figures"
+    shutil.copy(pictures / "methods.png", pictures / "overfitting.png")
+    assert run(folder, "--check") == 1
+    run(folder)
+    assert run(folder, "--check") == 0
+    shutil.copy(pictures / "methods.png", pictures / "dra-transfer.png")
+    assert run(folder, "--check") == 1
+    run(folder)
+    assert not (pictures / "dra-transfer.png").exists()
+
+
+def test_cifar10s_rows_replace_mnists_in_the_main_table(folder):
+    write(folder, "cifar10-r2", "r2", 0, {"clean": 0.8})
+    path = folder / "cifar10-r2.json"
+    facts = json.loads(path.read_text())
+    facts["dataset"] = "cifar10"
+    facts["outcomes"].append(dict(outcome("aa", 0.44, 1000, "sha-cifar10-r2"), eps=8 / 255))
+    path.write_text(json.dumps(facts))
+    run(folder)
+    text = (folder / "front.md").read_text()
+    assert "cifar10, L-infinity, eps 8/255" in text and "44.0" in text and "84.0" not in text
+
+
+def test_labels_beside_a_panel_do_not_overlap():
+    places = draw.apart([0.5, 0.5, 0.52, 0.01, 0.99], 0.1)
+    assert np.diff(np.sort(places)).min() > 0.099
+    assert places.min() >= 0 and places.max() <= 1
+    assert np.allclose(draw.apart([0.2, 0.8], 0.1), [0.2, 0.8])
+
+
+# ---------------------------------------------------------------------------------- this repository
+
+def test_the_pages_of_this_repository_are_those_of_its_json(capsys):
+    status = report.main(["--check"])
+    assert status == 0, capsys.readouterr().out + "run: python results/report.py"
+
+
+def test_each_claim_compares_with_known_columns_and_every_page_says_so():
+    claims = json.loads((RESULTS / "claims.json").read_text())
+    for about in claims.values():
+        for claim in about["claims"]:
+            for test in claim["tests"]:
+                assert {"above", "below"} & set(test), test["say"]
+                assert set(test) <= {"say", "method", "control", "column", "control_column",
+                                     "above", "below", "times", "curve"}
+        assert (RESULTS / about["page"]).read_text().count("Here: **") == len(about["claims"])
