@@ -27,9 +27,15 @@ def on(groups, dataset):
     return [group for group in groups if group[0].facts["dataset"] == dataset]
 
 
-def history(group, key):
-    """(epochs, values) of a key of a group's first seed; empty where it has none."""
-    rows = [row for row in group[0].facts["history"] if key in row]
+def first_with(group, key):
+    """The group's first seed whose history has this key, or None: older runs lack some."""
+    return next((network for network in group
+                 if any(key in row for row in network.facts["history"])), None)
+
+
+def history(network, key):
+    """(epochs, values) of a key of the history."""
+    rows = [row for row in network.facts["history"] if key in row]
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
@@ -64,12 +70,13 @@ def overfitting(groups):
     dataset, _ = main_groups(groups)
     panels = []
     known = [group for group in on(groups, dataset) if method(group[0]) in SINGLE_STEP
-             and {"val/fgsm", "val/weak"} & set(group[0].facts["history"][0])]
+             and (first_with(group, "val/fgsm") or first_with(group, "val/weak"))]
     for (script, name), group in best_known(known).items():
-        keys = group[0].facts["history"][0]
-        strong = next((key for key in sorted(keys) if key.startswith("val/pgd")), "val/robust")
-        weak = "val/fgsm" if "val/fgsm" in keys else "val/weak"
-        (epochs, pgd), (same, fgsm) = history(group, strong), history(group, weak)
+        weak = "val/fgsm" if first_with(group, "val/fgsm") else "val/weak"
+        network = first_with(group, weak)
+        keys = sorted({key for row in network.facts["history"] for key in row})
+        strong = next((key for key in keys if key.startswith("val/pgd")), "val/robust")
+        (epochs, pgd), (same, fgsm) = history(network, strong), history(network, weak)
         if not epochs or epochs != same:
             continue
         lines = [dict(label="FGSM" if weak == "val/fgsm" else "one step", x=epochs,
@@ -77,7 +84,7 @@ def overfitting(groups):
                  dict(label="PGD", x=epochs, y=[100 * value for value in pgd], colour=0,
                       style="-")]
         panel = dict(title=f"{name} ({script}.py)", xlabel="epoch", lines=lines,
-                     ylabel="held-out accuracy, %", best=group[0].facts["best_epoch"],
+                     ylabel="held-out accuracy, %", best=network.facts["best_epoch"],
                      ylim=[-2, 102])
         panels.append((max(a - b for a, b in zip(fgsm, pgd)), panel))
     widest = [panel for _, panel in sorted(panels, key=lambda pair: -pair[0])][:6]
@@ -91,8 +98,9 @@ def overfitting(groups):
 def masking(groups):
     """The paper's figs. 1 and 2: distances between logits, and the loss gap, over epochs."""
     dataset, _ = main_groups(groups)
-    chosen = {name: group for (_, name), group in best_known(on(groups, dataset)).items()
-              if history(group, "masking/loss_gap")[0]}
+    known = [group for group in on(groups, dataset) if first_with(group, "masking/loss_gap")]
+    chosen = {name: first_with(group, "masking/loss_gap")
+              for (_, name), group in best_known(known).items()}
     if not chosen:
         return None
     panels = []
@@ -123,12 +131,13 @@ def tradeoff(groups):
         if x and y:
             eps = common.shown(group[0].facts["args"]["eps"])
             points.append((method(group[0]), label(group), eps, x, y))
+    strength = "AutoAttack" if column == "aa" else column.upper()
     lines = [dict(label=f"PGD-AT, eps {eps}" if name == "pgd-at" else text, x=[x.mean],
                   y=[y.mean], colour=0 if name == "pgd-at" else 2, style="o",
                   across=[x.low, x.high], interval=[y.low, y.high])
              for name, text, eps, x, y in points]
     curve = sorted((x.mean, y.mean) for name, _, _, x, y in points if name == "pgd-at")
-    panel = dict(title="", xlabel=f"accuracy under {column}, %", ylabel="clean accuracy, %",
+    panel = dict(title="", xlabel=f"accuracy under {strength}, %", ylabel="clean accuracy, %",
                  lines=lines, leaders=True, curve=curve)
     return dict(paper="iaat", alt="Clean accuracy against robustness, PGD-AT's eps and IAAT",
                 title=f"Trade-off: {eps_of('cifar10')} at test time\nbars: 95 % from the number "
@@ -140,24 +149,26 @@ def transfer(groups):
 
     Below the diagonal the network is fooled more by another's images: its gradient is masked.
     """
-    lines = []
-    for group in groups:
-        if group[0].facts["script"] != "dra_finetune":
-            continue
+    own = [group for group in groups if group[0].facts["script"] == "dra_finetune"]
+    found = {}
+    for group in own:
         for column in ("pgd-20", "pgd-100", "mi-fgsm-40", "fgsm"):
             x, y = number(group, column), number(group, f"{column}@surrogate")
             if x and y:
-                lines.append(dict(label=f"{label(group)}, {column}", x=[x.mean], y=[y.mean],
-                                  colour=3 if method(group[0]) == "finetune" else 7, style="o",
-                                  across=[x.low, x.high], interval=[y.low, y.high]))
+                line = dict(label=f"{label(group)}, {column.upper()}", x=[x.mean], y=[y.mean],
+                            colour=3 if method(group[0]) == "finetune" else 7, style="o",
+                            across=[x.low, x.high], interval=[y.low, y.high])
+                found.setdefault(group[0].facts["dataset"], []).append(line)
                 break
-    if not lines:
+    if not found:
         return None
+    dataset = max(sorted(found), key=lambda name: len(found[name]))
+    lines = found[dataset]
     panel = dict(title="", xlabel="white-box accuracy, %", ylabel="accuracy under transfer, %",
                  lines=lines, leaders=True, curve=[[0, 0], [100, 100]])
     return dict(paper="dra_finetune", alt="DRA: white-box against transfer",
-                title="White-box against transfer, at the data set's eps\nbelow the grey line: "
-                "the gradient is masked", panels=[panel], columns=1)
+                title=f"White-box against transfer: {eps_of(dataset)}\nbelow the grey line: the "
+                "gradient is masked", panels=[panel], columns=1)
 
 
 def collect(groups):
@@ -214,7 +225,7 @@ def draw_labels(ax, panel, gap):
         ax.annotate(line["label"], xy=end, xytext=(1.04, place), xycoords="axes fraction",
                     textcoords="axes fraction", color=colour, va="center", fontsize=SIZE,
                     annotation_clip=False,
-                    arrowprops=dict(arrowstyle="-", color=colour, lw=0.6, alpha=0.6))
+                    arrowprops=dict(arrowstyle="-", color=colour, lw=1, ls=":", alpha=0.7))
 
 
 def draw_panel(ax, panel, gap):

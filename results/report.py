@@ -346,7 +346,7 @@ def main(argv=None):
              if not path.exists() or path.read_text() != text]
     old = draw.stale(args.folder / "figures", drawn)
     for path in [*stale, *old]:
-        print(f"{path.name}: {'would change' if args.check else 'written'}")
+        print(f"{path.parent.name}/{path.name}: {'would change' if args.check else 'written'}")
     if not args.check:
         for path in stale:
             path.write_text(texts[path])

@@ -278,9 +278,13 @@ def sides(groups, test, column):
 
 
 def compare(groups, test):
-    """The Comparison of a claim's test: see results/claims.json.
+    """The Comparison of a claim's test, an entry of results/claims.json.
 
-    Its column may be a list: the first that both sides have is taken.
+    method, control: names of JSON files, `*` for seeds; the first group that has the column counts.
+    column: what is compared, for the control control_column where it is given. Of a list the first
+    that both sides have is taken. The test holds where method - times * control, times 1 unless
+    given, is above `above` and below `below` (points) with its whole interval. curve: the column
+    by which the control is a curve, read at the method's place.
     """
     columns = test["column"] if isinstance(test["column"], list) else [test["column"]]
     pairs = {column: sides(groups, test, column) for column in columns}

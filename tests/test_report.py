@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 RESULTS = Path(__file__).parent.parent / "results"
 sys.path.insert(0, str(RESULTS))
+import common
 import draw
 import evaluate
 import report
@@ -261,6 +263,28 @@ def test_labels_beside_a_panel_do_not_overlap():
 def test_the_pages_of_this_repository_are_those_of_its_json(capsys):
     status = report.main(["--check"])
     assert status == 0, capsys.readouterr().out + "run: python results/report.py"
+
+
+def test_each_number_of_a_page_is_measured_again_by_the_command_beside_it():
+    """The commands' attacks, images and start are those of the outcomes, none is missing."""
+    for network in runs.load(RESULTS):
+        facts = dict(common.DATASETS[network.facts["dataset"]], name=network.facts["dataset"])
+        budgets = set()
+        for command in report.commands(network):
+            args = evaluate.parse(shlex.split(command)[2:])
+            start = args.start or "ball"
+            for attack in evaluate.parse_attacks(args.attacks, facts, args.eps, start=start):
+                budgets.add(budget(attack._asdict(), args.limit or 10_000))
+        wanted = {budget(o, o["n"]) for o in network.outcomes
+                  if "surrogate_sha256" not in o and "normalised" not in o["attack"]}
+        assert budgets == wanted, network.names
+
+
+def budget(settings, n):
+    """What an accuracy depends on, but for the network."""
+    numbers = [settings[name] and round(settings[name], 7) for name in ("eps", "step")]
+    start = settings["start"] if settings["kind"] in ("pgd", "pgd-cw") else None
+    return (settings["kind"], *numbers, settings["steps"], settings["restarts"], start, n)
 
 
 def test_each_claim_compares_with_known_columns_and_every_page_says_so():
