@@ -105,13 +105,27 @@ def main_table(groups, claims, prefix="results/"):
     return text + "\n\n" + table(["script", "method", "network", *heads, "JSON"], rows)
 
 
+def threshold(test):
+    """The difference, in points, that a test asks for."""
+    words = [f"{word} {test[word]:g}" for word in ("above", "below") if word in test]
+    return " and ".join(words)
+
+
+def claim_text(claim):
+    """A claim with the difference that all its comparisons ask for, where it is not just 0."""
+    asked = {threshold(test) for test in claim["tests"]}
+    if len(asked) > 1 or asked <= {"above 0", "below 0"}:
+        return claim["text"]
+    return f"{claim['text'].rstrip('.')} (difference {asked.pop()} points)."
+
+
 def claims_table(groups, claims, prefix="results/"):
     """README's list of claims and verdicts."""
     rows = []
     for about in claims.values():
         for claim in about["claims"]:
             verdict = concluded([compare(groups, test) for test in claim["tests"]])
-            rows.append([f"[{about['name']}]({prefix}{about['page']})", claim["text"], verdict])
+            rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim), verdict])
     return table(["paper", "claim", "here"], rows)
 
 
@@ -203,13 +217,13 @@ def claims_part(about, groups):
     for claim in about["claims"]:
         compared = [compare(groups, test) for test in claim["tests"]]
         rows = []
-        for c in compared:
+        for test, c in zip(claim["tests"], compared):
             by = "" if c.low is None else f"{c.low:.1f} to {c.high:.1f}"
             rows.append([c.say, title(c.column), written(c.method), written(c.control), by,
-                         c.verdict])
-        parts += [f"**{claim['text']}** ({claim['place']}). Here: **{concluded(compared)}**.",
+                         threshold(test), c.verdict])
+        parts += [f"**{claim_text(claim)}** ({claim['place']}). Here: **{concluded(compared)}**.",
                   table(["what is compared", "column", "method", "control",
-                         "difference, 95 % interval", "verdict"], rows)]
+                         "difference, 95 % interval", "holds if", "verdict"], rows)]
         if claim.get("why"):
             parts.append(claim["why"])
     return "\n\n".join(parts)
