@@ -69,6 +69,17 @@ def links(group, prefix=""):
     return " ".join(texts)
 
 
+def trained_on(group):
+    """The network, and the part of the data that it was trained on where it is not all."""
+    args = group[0].facts["args"]
+    words = [group[0].facts["model"]]
+    if args.get("classes"):
+        words.append(f"classes {common.shown(args['classes'])}")
+    if args.get("limit"):
+        words.append(f"{args['limit']:,} images")
+    return ", ".join(words)
+
+
 def common_n(numbers):
     """The number of images that most Numbers of a column have."""
     counts = [value.n for value in numbers if value and value.n]
@@ -95,7 +106,7 @@ def main_table(groups, claims, prefix="results/"):
         about = claims.get(script, {})
         paper = f" ([paper]({about['link']}))" if about else ""
         name = f"[{script}.py]({prefix}{about['page']})" if about else f"{script}.py"
-        return [name + paper, method(group[0]), group[0].facts["model"]]
+        return [name + paper, method(group[0]), trained_on(group)]
     heads, rows = numbers_table(chosen, ["clean", "pgd-20", "aa", "minutes"], first,
                                 lambda group: [links(group, prefix)])
     eps = common.shown(common.DATASETS[dataset]["eps"])
@@ -160,7 +171,7 @@ def paper_table(printed, ours, groups, protocol):
     for name, values in printed["rows"].items():
         rows.append([f"**{name}**, paper", *["" if v is None else f"{v:g}" for v in values]])
         for group in found[name]:
-            head = f"ours, {label(group)} ({group[0].facts['model']}): {links(group)}"
+            head = f"ours, {label(group)} ({trained_on(group)}): {links(group)}"
             rows.append([head, *map(written, next(remaining), ns)])
         if name in ours and not found[name]:
             rows.append(["ours", *["not run"] * len(values)])
@@ -199,8 +210,8 @@ def own_columns(groups):
 def own_tables(groups):
     """All rows of a script, a table per data set."""
     def first(group):
-        facts = group[0].facts
-        return [label(group), method(group[0]), facts["model"], str(len(facts["history"]))]
+        epochs = str(len(group[0].facts["history"]))
+        return [label(group), method(group[0]), trained_on(group), epochs]
     parts = []
     for dataset in sorted({group[0].facts["dataset"] for group in groups}):
         chosen = [group for group in groups if group[0].facts["dataset"] == dataset]
@@ -284,7 +295,10 @@ def page(about, groups, papers, figures):
              f"The list \"Differences from the paper\" in [{about['script']}.py]"
              f"(../{about['script']}.py) is complete.",
              "## All rows", own_tables(own) if own else "not run",
-             "## How to reproduce each row", "\n".join(recipes) or "not run"]
+             "## How to reproduce each row",
+             "The first command trains, at the commit that is named. The others measure, with "
+             "today's evaluate.py. Transfer needs the surrogates, too: the JSON has its command.",
+             "\n".join(recipes) or "not run"]
     return "\n\n".join(parts) + "\n"
 
 
