@@ -23,6 +23,7 @@ from runs import (close, compare, concluded, grouped, label, load, main_groups, 
                   number, seed, stage)
 
 COLUMNS_SHOWN = 8  # of a page's table of all rows
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -103,16 +104,19 @@ def main_table(groups, claims, prefix="results/"):
 
     def first(group):
         script = group[0].facts["script"]
-        about = claims.get(script, {})
-        paper = f" ([paper]({about['link']}))" if about else ""
-        name = f"[{script}.py]({prefix}{about['page']})" if about else f"{script}.py"
-        return [name + paper, method(group[0]), trained_on(group)]
-    heads, rows = numbers_table(chosen, ["clean", "pgd-20", "aa", "minutes"], first,
-                                lambda group: [links(group, prefix)])
+        name = f"{script}.py"
+        if script in claims:
+            name = f"[{name}]({prefix}{claims[script]['page']})"
+        return [name, method(group[0]), trained_on(group)]
+
+    def last(group):
+        return [" ".join(f"[{seed(network)}]({prefix}{network.names[0]}.json)"
+                         for network in group)]
+    heads, rows = numbers_table(chosen, ["clean", "pgd-20", "aa", "minutes"], first, last)
     eps = common.shown(common.DATASETS[dataset]["eps"])
-    text = (f"{dataset}, L-infinity, eps {eps}. Accuracy in % on n test images, ± the deviation "
-            "over seeds, in brackets the 95 % interval from the number of images. Each number in "
-            "the last column is a seed, and links its JSON.")
+    text = (f"{NAMES[dataset]}, L-infinity, eps {eps}. Accuracy in % on n test images, ± the "
+            "deviation over seeds, in brackets the 95 % interval from the number of images. The "
+            "last column names the seeds and links their JSON.")
     return text + "\n\n" + table(["script", "method", "network", *heads, "JSON"], rows)
 
 
@@ -131,13 +135,34 @@ def claim_text(claim):
 
 
 def claims_table(groups, claims, prefix="results/"):
-    """README's list of claims and verdicts."""
+    """README's list of claims and verdicts; of those that were not run only the number."""
     rows = []
+    waiting = 0
     for about in claims.values():
         for claim in about["claims"]:
             verdict = concluded([compare(groups, test) for test in claim["tests"]])
-            rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim), verdict])
-    return table(["paper", "claim", "here"], rows)
+            if verdict == "not run":
+                waiting += 1
+                continue
+            rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim),
+                         verdict.replace(" comparisons run", "")])
+    text = "In brackets: how many of a claim's comparisons were run."
+    if waiting:
+        text += f" {waiting} more claims were not run: see the pages."
+    return table(["paper", "claim", "here"], rows) + "\n\n" + text
+
+
+def verdicts(folder):
+    """What `evaluate.py --sanity` says of networks whose state is known (verdict.sh)."""
+    rows = []
+    for path in sorted(folder.glob("verdict-*.json")):
+        facts = json.loads(path.read_text())
+        failed = [f"{finding['sign']}: {finding['text']}" for finding in facts["findings"]
+                  if finding["passed"] is False]
+        rows.append([f"[{path.stem.removeprefix('verdict-')}]({path.name})",
+                     facts["verdict"].removeprefix("verdict: ").partition(":")[0],
+                     "<br>".join(failed) or "-"])
+    return table(["network", "verdict", "signs that were found"], rows) if rows else "not run"
 
 
 def paper_tables(about, groups, papers):
@@ -324,6 +349,9 @@ def index(groups, claims, folder):
                           f"`{training.get('command')}`\n"
                           f"* evaluated at {evaluation.get('commit')}, "
                           f"{evaluation.get('hardware')}: `{evaluation.get('command')}`"]
+    lines += ["## The verdict of `evaluate.py --sanity`", "On networks whose state is known: "
+              "[verdict.sh](verdict.sh) has the commands, [verdict_nets.py](verdict_nets.py) "
+              "the layers that hide a gradient.", verdicts(folder)]
     return "\n\n".join(lines) + "\n"
 
 

@@ -37,9 +37,13 @@ class Network(NamedTuple):
 
 
 def load(folder):
-    """The networks of a folder's *.json, sorted by name; files of the same weights are one."""
+    """The networks of a folder's *.json, sorted by name; files of the same weights are one.
+
+    Without verdict-*.json: those tell of the verdict, not of a method.
+    """
     files = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    files = {name: facts for name, facts in files.items() if "outcomes" in facts}
+    files = {name: facts for name, facts in files.items()
+             if "outcomes" in facts and not name.startswith("verdict-")}
     found = {}
     for name in sorted(files, key=lambda name: (not name.startswith(files[name]["script"]), name)):
         facts = files[name]

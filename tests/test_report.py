@@ -249,7 +249,7 @@ def test_cifar10s_rows_replace_mnists_in_the_main_table(folder):
     path.write_text(json.dumps(facts))
     run(folder)
     text = (folder / "front.md").read_text()
-    assert "cifar10, L-infinity, eps 8/255" in text and "44.0" in text and "84.0" not in text
+    assert "CIFAR-10, L-infinity, eps 8/255" in text and "44.0" in text and "84.0" not in text
 
 
 def test_labels_beside_a_panel_do_not_overlap():
