@@ -135,21 +135,16 @@ def claim_text(claim):
 
 
 def claims_table(groups, claims, prefix="results/"):
-    """README's list of claims and verdicts; of those that were not run only the number."""
+    """README's list: the claims of claims.json that are marked as "front", and their verdicts."""
     rows = []
-    waiting = 0
     for about in claims.values():
         for claim in about["claims"]:
-            verdict = concluded([compare(groups, test) for test in claim["tests"]])
-            if verdict == "not run":
-                waiting += 1
-                continue
-            rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim),
-                         verdict.replace(" comparisons run", "")])
-    text = "In brackets: how many of a claim's comparisons were run."
-    if waiting:
-        text += f" {waiting} more claims were not run: see the pages."
-    return table(["paper", "claim", "here"], rows) + "\n\n" + text
+            if claim.get("front"):
+                verdict = concluded([compare(groups, test) for test in claim["tests"]])
+                rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim),
+                             verdict.replace(" comparisons run", "")])
+    return (table(["paper", "claim", "here"], rows) + "\n\nIn brackets: how many of a claim's "
+            "comparisons were run. The pages have the numbers and the other claims.")
 
 
 def verdicts(folder):
