@@ -1263,55 +1263,75 @@ def plots(directory, scene):
 
 
 def draw_curves(plt, scene):
-    """Accuracy against PGD's steps and eps, loss against eps (SAT-Rx figs. 5, 7 to 9; IAAT 4)."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    left.semilogx(STEPS, [100 * value for value in scene.curve["steps"]], "o-")
-    left.set(xlabel=f"steps of PGD, eps {scene.eps:.3g}", ylabel="accuracy (%)", ylim=(0, 100))
+    """Accuracy against PGD's steps and eps, loss against eps (SAT-Rx figs. 5, 7 to 9; IAAT 4).
+
+    eps up to the largest multiple in RADII; what happens at 1 is in the verdict.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    eps = common.shown(scene.eps)
+    clean = 100 * scene.curve["fgsm"][0][0]
+    left.semilogx(STEPS, [100 * value for value in scene.curve["steps"]], "o-", label="PGD")
+    left.set(title=f"at eps {eps}", xlabel="steps of PGD", ylabel="accuracy (%)", ylim=(0, 102))
+    radii = [radius for radius in scene.curve["radii"] if radius <= max(RADII) * scene.eps]
     for name, style in (("fgsm", "s--"), ("pgd-40", "o-")):
-        accuracy, loss = zip(*scene.curve[name])
-        middle.plot(scene.curve["radii"], [100 * value for value in accuracy], style,
-                    label=name.upper())
-        right.plot(scene.curve["radii"], loss, style, label=name.upper())
-    middle.axvline(scene.eps, color="grey", linewidth=0.8)
-    middle.set(xlabel="eps (images in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
-    right.set(xlabel="eps (images in [0, 1])", ylabel="mean cross-entropy", yscale="log")
-    middle.legend()
-    right.legend()
-    flags = scene.checkpoint["args"]
-    methods = [f" {flags[name]}" for name in ("method", "loss", "strategy") if name in flags]
-    who = "{script}{method}, {model} on {dataset}".format(method="".join(methods[:1]),
-                                                          **scene.checkpoint)
-    figure.suptitle(f"{who}, {scene.curve['n']} images", fontsize=10)
+        accuracy, loss = zip(*scene.curve[name][:len(radii)])
+        middle.plot(radii, [100 * value for value in accuracy], style, label=name.upper())
+        right.plot(radii, loss, style, label=name.upper())
+    middle.set(title="as eps grows", xlabel="eps", ylabel="accuracy (%)", ylim=(0, 102))
+    right.set(title="as eps grows", xlabel="eps", ylabel="mean cross-entropy", yscale="log")
+    for ax in (left, middle):
+        ax.axhline(clean, color="grey", linestyle=":", label=f"clean, {clean:.1f} %")
+    for ax in (middle, right):
+        ax.axvline(scene.eps, color="grey", linewidth=0.8, label=f"eps {eps}")
+    for ax in (left, middle, right):
+        ax.legend(fontsize=8)
+    figure.suptitle(f"{network_name(scene.checkpoint)}, {scene.curve['n']} test images")
     return figure
+
+
+def network_name(checkpoint):
+    """Script, method, network and data set of a checkpoint, for a figure's title."""
+    flags = checkpoint["args"]
+    methods = [flags[name] for name in ("method", "loss", "strategy") if name in flags]
+    words = [checkpoint["script"], *methods[:1], checkpoint["model"], "on", checkpoint["dataset"]]
+    return " ".join(words)
 
 
 def draw_surface(plt, scene):
     """Loss around three images, along the gradient's sign and a random sign (SAT-Rx 3, 4, 10)."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     common.seed_stream(scene.seed, "surface")
     x, y, _ = next(common.eval_batches(scene.test, 3))
     grid = torch.linspace(-2 * scene.eps, 2 * scene.eps, 41, device=x.device)
+    losses = []
     with common.model_mode(scene.model, "eval"):
         along = common.input_gradient(scene.model, x, y)[0].sign()
         across = torch.randn_like(x).sign()
-        for row, ax in enumerate(axes[:len(x)]):
+        for row in range(len(x)):
             plane = grid[:, None, None, None, None] * across[row]
             moved = x[row] + plane + grid[:, None, None, None] * along[row]
             labels = y[row].expand(len(grid))
             loss = [common.cross_entropy(logits_of(scene.model, line.clamp(0, 1)), labels)
                     for line in moved]
-            draw_plane(figure, ax, grid, torch.stack(loss), scene.eps)
-            ax.set_title(f"class {y[row]}")
+            losses.append(torch.stack(loss))
+    highest = max(loss.max().item() for loss in losses)
+    for ax, loss, label in zip(axes, losses, y):
+        drawn = draw_plane(ax, grid, loss, scene.eps, highest)
+        ax.set_title(f"an image of class {label}")
+    figure.colorbar(drawn, ax=axes, label="cross-entropy", ticks=plt.MaxNLocator(5))
+    figure.suptitle(f"{network_name(scene.checkpoint)}: loss around an image; dashed: the ball of "
+                    f"eps {common.shown(scene.eps)}")
     return figure
 
 
-def draw_plane(figure, ax, grid, loss, eps):
-    """Filled contours of a loss (across, along), and the eps-ball in this plane."""
+def draw_plane(ax, grid, loss, eps, highest):
+    """Filled contours of a loss (across, along) from 0 to `highest`; the eps-ball in this plane."""
     ticks = grid.cpu().numpy()
-    shown = ax.contourf(ticks, ticks, loss.cpu().numpy(), 30, cmap="viridis")
+    levels = np.linspace(0, max(highest, 1e-6), 31)
+    drawn = ax.contourf(ticks, ticks, loss.cpu().numpy(), levels, cmap="viridis")
     ax.set(xlabel="along the gradient's sign", ylabel="along a random sign")
-    ax.plot([-eps, 0, eps, 0, -eps], [0, eps, 0, -eps, 0], "w--", linewidth=0.8)
-    figure.colorbar(shown, ax=ax, label="cross-entropy")
+    ax.plot([-eps, 0, eps, 0, -eps], [0, eps, 0, -eps, 0], "w--", linewidth=1)
+    return drawn
 
 
 def show(ax, image):
@@ -1344,23 +1364,33 @@ def draw_images(plt, scene):
     size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
     rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * scene.eps),
                 saliency=0.5 + gradient / (2 * size))
-    figure, axes = plt.subplots(4, len(x), figsize=(1.25 * len(x), 5.6), layout="constrained",
+    figure, axes = plt.subplots(4, len(x), figsize=(1.4 * len(x), 6.6), layout="constrained",
                                 squeeze=False)
     for line, (row, images) in zip(axes, rows.items()):
         for column, (ax, image) in enumerate(zip(line, images)):
             show(ax, image)
             if row in names:
-                ax.set_title(f"{names[row][column]} (true {y[column]})", fontsize=8)
+                name_prediction(ax, names[row][column], y[column].item())
         line[0].set_ylabel(row)
+    figure.suptitle(f"{network_name(scene.checkpoint)}: PGD-40 at eps {common.shown(scene.eps)}; "
+                    "red: misclassified")
     return figure
 
 
+def name_prediction(ax, predicted, label):
+    """The predicted class above an image, red where it is wrong."""
+    ax.set_title(f"{predicted} (true {label})", fontsize=9,
+                 color="tab:green" if predicted == label else "tab:red")
+
+
 def draw_dra(plt, scene):
-    """Success of DRA-5 against the share p of values that it changes (fig. 4).
+    """Success of DRA-5 against the share p of values that it changes (fig. 4); of DRA's runs.
 
     At an eighth and a quarter of the data set's usual eps: 1/255 and 2/255 on CIFAR.
     """
-    figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    if "adversary" not in scene.checkpoint["args"]:
+        return None
+    figure, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
     shares = [0, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1]
     facts = common.checkpoint_facts(scene.checkpoint)
     for eps in (facts["eps"] / 8, facts["eps"] / 4):
@@ -1368,34 +1398,61 @@ def draw_dra(plt, scene):
         correct = [evaluate(scene.model, scene.test, attack, 250)[:, 0].mean()
                    for attack in attacks]
         ax.plot(shares, [100 * (1 - value) for value in correct], "o-",
-                label=f"DRA-5, eps {255 * eps:.3g}/255")
-    ax.set(xlabel="share p of the values changed", ylabel="misclassified (%)", ylim=(0, 100))
+                label=f"DRA-5, eps {common.shown(eps)}")
+    wrong = 100 * (1 - scene.curve["fgsm"][0][0])
+    ax.axhline(wrong, color="grey", linestyle=":", label="clean images")
+    ax.set(title=network_name(scene.checkpoint), xlabel="share p of the values changed",
+           ylabel="misclassified (%)", ylim=(0, 102))
     ax.legend()
     return figure
 
 
 def draw_training(plt, scene):
-    """Training terms and validation accuracies by epoch; None where there is no history."""
+    """Training terms, validation accuracies and signals of masking by epoch; best epoch marked.
+
+    None where there is no history.
+    """
     history = scene.checkpoint["history"]
     if not history:
         return None
+    panels = {"train/": ("terms of the loss, without their weights", 1),
+              "val/": ("validation accuracy (%)", 100), "masking/": ("signals of masking", 1)}
+    panels = {prefix: panel for prefix, panel in panels.items() if series_of(history, prefix)}
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False,
+                                layout="constrained")
     epochs = [row["epoch"] for row in history]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    labels = {"train/": "training terms", "val/": "validation accuracy (%)"}
-    for ax, (prefix, label) in zip(axes, labels.items()):
-        for name in history[-1]:
-            values = [row.get(name, np.nan) for row in history]
-            is_accuracy = max(values) <= 1 and "jacobian" not in name
-            if name.startswith(prefix) and (prefix == "train/" or is_accuracy):
-                scale = 100 if prefix == "val/" else 1
-                ax.plot(epochs, [scale * value for value in values], label=name[len(prefix):])
+    best = scene.checkpoint["best"]["epoch"]
+    for ax, (prefix, (label, scale)) in zip(axes[0], panels.items()):
+        series = series_of(history, prefix)
+        for name, values in series.items():
+            ax.plot(epochs, [scale * value for value in values], label=name[len(prefix):])
+        positive = all(value > 0 for values in series.values() for value in values)
+        if prefix != "val/" and positive:
+            ax.set_yscale("log")  # terms of several sizes
+        ax.axvline(best, color="grey", linestyle=":", label=f"best epoch, {best}")
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if ax.lines:
-            ax.legend(fontsize=8)
-        else:
-            ax.set_axis_off()
+        ax.legend(fontsize=8)
+    figure.suptitle(f"{network_name(scene.checkpoint)}, eps {trained_radius(scene.checkpoint)}")
     return figure
+
+
+def trained_radius(checkpoint):
+    """The eps of training as its flag has it."""
+    return common.shown(checkpoint["args"]["eps"])
+
+
+def series_of(history, prefix):
+    """{name: values by epoch} of the log's columns with a prefix; of val/ accuracies alone."""
+    series = {}
+    for name in history[-1]:
+        if name.startswith(prefix):
+            values = [row.get(name, np.nan) for row in history]
+            if prefix != "val/" or (max(values) <= 1 and "jacobian" not in name):
+                series[name] = values
+    return series
 
 
 def draw_eps(plt, scene):
@@ -1462,11 +1519,11 @@ def draw_extremes(panels, scene, train, memory):
         below = panels[2 * line + 1]
         for column in range(len(rows)):
             show(above[column], x[column])
-            above[column].set_title(f"{y[column]}: {memory[rows[column]]:.1f}", fontsize=8)
+            above[column].set_title(f"eps {memory[rows[column]]:.1f}", fontsize=8)
             show(below[column], x_adv[column])
-            below[column].set_title(f"as {wrong[column]}", fontsize=8)
+            name_prediction(below[column], wrong[column].item(), y[column].item())
         above[0].set_ylabel(f"{name} eps", fontsize=8)
-        below[0].set_ylabel(f"PGD {attack.eps:.2g}", fontsize=8)
+        below[0].set_ylabel(f"PGD-40, {common.shown(attack.eps)}", fontsize=8)
 
 
 # ------------------------------------------------------------------------------------- the record

@@ -586,6 +586,7 @@ def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
     from matplotlib import image
     monkeypatch.setattr(evaluate, "STEPS", (1, 5))
     monkeypatch.setattr(evaluate, "RADII", (1, 2))
+    monkeypatch.setattr(evaluate, "BLACK_BOX_ATTACK", "rays-30")
     evaluate_main("--ckpt", digits_run, "--attacks", "clean,fgsm,pgd-5", "--limit", 40,
                   "--sanity", "--per-class", "--alignment", "--plots", tmp_path / "figures")
     out = capsys.readouterr().out
@@ -594,10 +595,26 @@ def test_plots_sanity_and_per_class(digits_run, tmp_path, capsys, monkeypatch):
     assert "linearised robustness" in out
     assert "worst case of these 3 at eps 0.1, sample by sample" in out
     paths = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert paths == ["curves.png", "dra.png", "images.png", "surface.png", "training.png"]
+    assert paths == ["curves.png", "images.png", "surface.png", "training.png"]
     for name in paths:
         picture = image.imread(tmp_path / "figures" / name)
         assert picture[..., :3].std() > 0.05, name
+
+
+def test_the_share_of_values_is_drawn_for_runs_of_dra_alone(digits_run):
+    """Each line has a label, clean images are the reference."""
+    from matplotlib import pyplot
+    model, checkpoint = common.load_model(digits_run)
+    test = evaluate.load_test(common.dataset_facts("digits"), "data", 12, "cpu")
+    curve = dict(fgsm=[(0.75, 1.0)])
+    scene = evaluate.Scene(model, checkpoint, test, curve, 0.1, 0, "data")
+    assert evaluate.draw_dra(pyplot, scene) is None
+    run = dict(checkpoint, args=dict(checkpoint["args"], adversary="dra", method="finetune"))
+    figure = evaluate.draw_dra(pyplot, scene._replace(checkpoint=run))
+    *lines, clean = figure.axes[0].lines
+    assert [line.get_label() for line in lines] == ["DRA-5, eps 0.0125", "DRA-5, eps 0.025"]
+    assert clean.get_label() == "clean images" and set(clean.get_ydata()) == {25.0}
+    assert all(len(line.get_xdata()) == 7 for line in lines)
 
 
 def test_what_is_missing_is_said_before_the_first_attack(digits_run, tmp_path, monkeypatch):
