@@ -23,9 +23,12 @@ import secrets
 import shlex
 import subprocess
 import sys
+import tarfile
 import time
 import types
+import warnings
 import weakref
+import zipfile
 from fractions import Fraction
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -1035,9 +1038,11 @@ class Classifier(nn.Module):
 
         A foreign network gets a copy of the images, in NCHW order in memory and in its own
         precision: it may use view(), change its input in place, or compute in half precision.
+        Where its forward sets torch's seed, the random numbers of others go on as if it did not.
         """
         super().__init__()
         self.net = net
+        self.sets_seed = False  # see `sets_seed`
         self.normalize = normalize
         self.foreign = foreign
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -1058,16 +1063,39 @@ class Classifier(nn.Module):
             x = self.normalized(x)
         if self.foreign:
             x = x.clone(memory_format=torch.contiguous_format).to(computed_in(self.net, x.dtype))
-        logits = self.net(x)
+        kept = random_numbers_kept(x.device) if self.sets_seed else contextlib.nullcontext()
+        with kept:
+            logits = self.net(x)
         if not torch.is_tensor(logits) or not logits.is_floating_point():
             return logits
         is_low = logits.dtype in (torch.bfloat16, torch.float16)
         return logits.float() if is_low or self.foreign else logits
 
 
+def random_numbers_kept(device):
+    """A context that puts torch's random numbers back on leaving."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def sets_seed(model, facts):
+    """Whether a forward in eval mode sets torch's seed: an attack's draws would repeat.
+
+    Its random numbers then end at the same place wherever they began.
+    """
+    ends = []
+    with random_numbers_kept(model.mean.device), contextlib.suppress(Exception):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            logits_of_zeros(model, 2, facts)
+            ends.append(torch.get_rng_state())
+    return len(ends) == 2 and torch.equal(*ends)
+
+
 def computed_in(net, default):
     """The floating type of a network's first parameter or buffer, `default` where it has none."""
     for value in itertools.chain(net.parameters(), net.buffers()):
+        if nn.parameter.is_lazy(value):  # has no type yet
+            continue
         if value.is_floating_point() and value.element_size() > 1:
             return value.dtype
     return default
@@ -1088,9 +1116,12 @@ def build_model(name, facts, normalize="none", device="cpu"):
     own = ".py:" in name
     net = imported_net(name, facts["classes"]) if own else known_net(name, facts)
     model = Classifier(net, normalize, facts["mean"], facts["std"], foreign=own)
+    if own:
+        model.to(device)  # a forward may name a device
     check_logits(model, name, facts)
     if own:
-        return model.to(device)
+        model.sets_seed = sets_seed(model, facts)
+        return model
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -1134,13 +1165,19 @@ def check_logits(model, name, facts):
 def logits_of_zeros(model, n, facts):
     """What a model in eval mode returns for n black images."""
     with torch.no_grad(), model_mode(model, "eval"):
-        return model(torch.zeros(n, *facts["shape"]))
+        return model(torch.zeros(n, *facts["shape"], device=model.mean.device))
 
 
 def too_small(name, facts, error):
-    """The UsageError for a network that cannot take images of this size."""
+    """The UsageError for a network that cannot take images of this size.
+
+    One of the user's own may fail for any reason.
+    """
     channels, height, width = facts["shape"]
     reason = (str(error) or type(error).__name__).splitlines()[0]
+    if ".py:" in name:
+        return UsageError(f"--model {name}: fails on a black image, a tensor (1, {channels}, "
+                          f"{height}, {width}) ({type(error).__name__}: {reason})")
     return UsageError(f"--model {name}: does not take images of {height} x {width} pixels and "
                       f"{channels} channels, they may be too small ({reason})")
 
@@ -1176,19 +1213,35 @@ def imported_net(name, classes):
     path, _, function = name.rpartition(":")
     try:
         with as_from_folder(path) as package:
-            make = getattr(imported_file(path, package), function)
+            module = imported_file(path, package)
+            if not hasattr(module, function):
+                raise AttributeError(f"{Path(path).name} has no {function!r}")
+            make = getattr(module, function)
             net = make if isinstance(make, nn.Module) else made_net(make, classes)
     except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
     if not isinstance(net, nn.Module):
         raise UsageError(f"--model {name}: {function}() must return a torch.nn.Module, not "
                          f"{type(net).__name__}")
+    if any(value.device.type == "meta" for value in net.parameters()):
+        raise UsageError(f"--model {name}: its weights are on the device meta, they have no "
+                         "values: make them on the CPU")
     return net
 
 
 def made_net(make, classes):
-    """What a user's function returns; num_classes is given where it takes it."""
-    takes_classes = "num_classes" in inspect.signature(make).parameters
+    """What a user's function returns; num_classes is given where it takes it.
+
+    TypeError where it needs other arguments.
+    """
+    parameters = inspect.signature(make).parameters.values()
+    takes_classes = any(parameter.name == "num_classes" for parameter in parameters)
+    needed = [parameter.name for parameter in parameters
+              if parameter.default is parameter.empty and parameter.name != "num_classes"
+              and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]
+    if needed:
+        raise TypeError(f"it needs {', '.join(needed)}: name a function that takes nothing, or "
+                        "num_classes alone")
     return make(num_classes=classes) if takes_classes else make()
 
 
@@ -1208,7 +1261,7 @@ def as_from_folder(path):
 
     sys.path begins with the folder. An argparse of the file does not see our flags. Modules of
     ours do not hide its neighbours, nor do those of another user's file that has the same names.
-    What the file changes in torch for all networks is put back.
+    What the file changes for the whole process is put back.
     """
     folder = Path(path).resolve().parent
     package = f"own_{abs(hash(str(folder)))}"
@@ -1222,22 +1275,45 @@ def as_from_folder(path):
         del sys.modules[name]
     before = set(sys.modules)
     arguments = sys.argv
-    dtype = torch.get_default_dtype()
-    records = torch.is_grad_enabled()
     sys.path.insert(0, str(folder))
     sys.argv = [str(path)]
     try:
-        yield package
+        with process_settings_kept():
+            yield package
     finally:
         sys.argv = arguments
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(records)
         for name in set(sys.modules) - before:
             if lies_in(sys.modules[name], folder) and not name.startswith(package):
                 del sys.modules[name]
         sys.modules.update(hidden)
+
+
+@contextlib.contextmanager
+def process_settings_kept():
+    """Put back on leaving what a user's file may change for all networks and all paths."""
+    folder = os.getcwd()
+    dtype = torch.get_default_dtype()
+    device = torch.get_default_device()
+    records = torch.is_grad_enabled()
+    anomaly = torch.is_anomaly_enabled()
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with warnings.catch_warnings(), np.errstate():
+            yield
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:  # None: torch's own, without a mode's cost
+            torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_grad_enabled(records)
+        torch.autograd.set_detect_anomaly(anomaly)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
 
 
 def lies_in(module, folder):
@@ -1600,7 +1676,18 @@ def load_file(path):
         if found:
             raise UsageError(f"{path}: refused: loading it would run code ({found[1]}), save its "
                              "state_dict instead")
-        raise UsageError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})")
+        raise UsageError(f"{path}: {what_it_is(path, head)} ({type(error).__name__})")
+
+
+def what_it_is(path, head):
+    """Words for a file that is no checkpoint. head: its first bytes."""
+    if not head:
+        return "is empty"
+    if head.startswith((b"<", b"version ")):
+        return "is text, a web page or a Git LFS pointer: fetch the file itself"
+    if zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        return "is an archive, but not of torch.save: unpack it and name a file of it"
+    return "not a checkpoint, or a damaged one"
 
 
 def load_safetensors(path):
@@ -1694,6 +1781,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "ne
             "ema", "ema_state_dict", "state_dict_ema", "model_ema", "params", "weights")
 # Numbers that a network may lack, or have beside its weights: BatchNorm's and averages' counters.
 COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
+# What a Lightning module keeps beside its network; no image goes through it.
+BESIDE = ("criterion", "loss", "loss_fn", "loss_func", "metrics", "train_acc", "val_acc",
+          "test_acc", *COUNTERS)
 EXTRA = "_extra_state"  # torch's name for what get_extra_state keeps
 
 
@@ -1705,6 +1795,8 @@ def load_weights(model, content, path):
     found = list(state_dicts_in(content))
     own = model.net.state_dict()
     fitting = [(place, state) for place, state in found if renamed(state, own) is not None]
+    if not fitting:
+        fitting = parts_of(found, own, path)
     place, state = (fitting or found)[0]
     if len(fitting) > 1:
         others = ", ".join(place for place, _ in fitting[1:])
@@ -1714,6 +1806,33 @@ def load_weights(model, content, path):
     except Exception as error:  # of a network of the user's own, too
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})")
+
+
+def parts_of(found, own, path):
+    """[(where it stands, state_dict)] where a state_dict holds several networks, as Lightning's.
+
+    Each of them must fit `own`; losses and metrics count for nothing. UsageError where one fits,
+    but a layer would be left out.
+    """
+    for place, state in found:
+        parts = {}
+        for name, value in state.items():
+            head, _, rest = str(name).partition(".")
+            if head not in BESIDE:
+                parts.setdefault(head, {})[rest] = value
+        fitting = [head for head in parts if renamed(parts[head], own) is not None]
+        named = [head for head in WRAPPERS if head in fitting]
+        if not named:
+            continue
+        others = [head for head in parts if head not in fitting]
+        if others:
+            names = [name for name in state if str(name).partition(".")[0] in others]
+            raise UsageError(f"{path}: the weights under {named[0]!r} fit the model, but the file "
+                             f"also holds {shortened(', '.join(names))}: build the network with "
+                             "them, or save it without them")
+        order = dict.fromkeys([*named, *fitting])
+        return [(f"{place}.{head}".strip("."), parts[head]) for head in order]
+    return []
 
 
 def shortened(text, most=200):

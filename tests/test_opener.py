@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -112,6 +113,46 @@ def test_what_does_not_fit_is_named(net, tmp_path):
             opened(tmp_path / "w.pt", content, f"{path}:plain")
     with pytest.raises(common.UsageError, match="--model and --dataset"):
         opened(tmp_path / "w.pt", weights, None)
+
+
+def test_a_module_of_several_networks(net, tmp_path, capsys):
+    """Lightning's: the model beside its average and its loss. A layer of theirs is not dropped."""
+    path, weights = net
+    average = {name: value + 1 for name, value in weights.items()}
+    both = {**under("average.", average), **under("model.", weights)}
+    loss = {**under("net.", weights), "criterion.weight": torch.ones(10)}
+    for state in (both, loss):
+        content = dict(state_dict=state, hyper_parameters=dict(lr=0.1), loops={})
+        found = opened(tmp_path / "w.pt", content, f"{path}:plain")
+        assert all(torch.equal(a, b) for a, b in zip(found, weights.values()))
+    said = capsys.readouterr().out
+    assert "those of 'state_dict.model', the file also holds state_dict.average" in said
+    layer = {**under("model.", weights), "normalize.mean": torch.ones(1)}
+    with pytest.raises(common.UsageError, match="under 'model' fit.*also holds normalize.mean"):
+        opened(tmp_path / "w.pt", layer, f"{path}:plain")
+    plain_names = {**under("1.", weights), **under("0.", average)}  # layers, perhaps
+    with pytest.raises(common.UsageError, match="do not fit"):
+        opened(tmp_path / "w.pt", plain_names, f"{path}:plain")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    import tarfile
+    import zipfile
+    file = tmp_path / "w.pt"
+    for content, named in ((b"", "is empty"), (b"<!DOCTYPE html>", "web page"),
+                           (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+                           (b"PK\3\4 cut short", "damaged")):
+        file.write_bytes(content)
+        with pytest.raises(common.UsageError, match=named):
+            common.load_file(file)
+    torch.save(torch.ones(1), tmp_path / "inner.pt")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "inner.pt")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "inner.pt")
+    for name in ("a.zip", "a.tar"):
+        with pytest.raises(common.UsageError, match="unpack it"):
+            common.load_file(tmp_path / name)
 
 
 def test_counters_do_not_decide(net, tmp_path):
@@ -244,3 +285,100 @@ def test_a_foreign_network_gets_a_copy_in_its_own_precision(dtype):
     assert logits.dtype == gradient.dtype == torch.float32 and gradient.abs().sum() > 0
     expected = net.layer(x.contiguous().flatten(1).to(dtype) * 0.5)
     torch.testing.assert_close(logits, expected.float().detach(), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------- the user's networks
+
+ODD = NET + """
+import torch
+
+class Lazy(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.LazyLinear(8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+class Masked(Inner):  # the same mask in every forward, drawn from a seed
+    def forward(self, x):
+        torch.manual_seed(3)
+        return super().forward(x * torch.bernoulli(torch.full((28, 28), 0.5)))
+
+class Dropout(Inner):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x))
+
+class Elsewhere(Inner):
+    def forward(self, x):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+class Configured(Inner):
+    def __init__(self, config):
+        super().__init__()
+
+def meta():
+    with torch.device("meta"):
+        return Inner()
+"""
+
+
+@pytest.fixture
+def odd(tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text(ODD)
+    return path
+
+
+def test_lazy_layers(net, odd, tmp_path):
+    _, weights = net
+    found = opened(tmp_path / "w.pt", weights, f"{odd}:Lazy")
+    assert all(torch.equal(a, b) for a, b in zip(found, weights.values()))
+
+
+def test_a_forward_that_sets_the_seed_leaves_the_random_numbers_alone(odd):
+    """Its own are as before; a network that only draws is another matter."""
+    model = common.build_model(f"{odd}:Masked", DIGITS).eval()
+    x = torch.rand(4, 1, 28, 28)
+    torch.manual_seed(3)
+    mask = torch.bernoulli(torch.full((28, 28), 0.5))
+    expected = nn.Sequential.forward(model.net, x * mask)
+    torch.manual_seed(5)
+    whole = torch.rand(6)
+    torch.manual_seed(5)
+    first = torch.rand(3)
+    logits = model(x)
+    assert model.sets_seed and torch.equal(logits, expected)
+    assert torch.equal(torch.cat([first, torch.rand(3)]), whole)
+    for name in ("Dropout", "plain"):
+        assert not common.build_model(f"{odd}:{name}", DIGITS).sets_seed
+
+
+@pytest.mark.parametrize("function, named", [
+    ("Configured", "it needs config: name a function"), ("absent", "odd.py has no 'absent'"),
+    ("meta", "device meta"), ("Elsewhere", r"\(1, 1, 28, 28\) \(AssertionError: Torch not comp")])
+def test_what_cannot_be_built_says_why(odd, function, named):
+    with pytest.raises(common.UsageError, match=named):
+        common.build_model(f"{odd}:{function}", DIGITS)
+
+
+def test_a_file_does_not_change_the_process(odd, tmp_path, monkeypatch):
+    """Its folder, default device, threads, strictness about warnings and numbers."""
+    monkeypatch.chdir(Path(__file__).parent)
+
+    def settings():
+        return (Path.cwd(), torch.get_default_device(), torch.get_num_threads(),
+                torch.is_anomaly_enabled(), torch.are_deterministic_algorithms_enabled(),
+                list(warnings.filters), np.geterr())
+    before = settings()
+    odd.write_text(ODD + f"""
+import os, warnings
+import numpy
+os.chdir({str(tmp_path)!r})
+torch.set_num_threads({torch.get_num_threads() + 1})
+torch.autograd.set_detect_anomaly(True)
+torch.use_deterministic_algorithms(True)
+warnings.filterwarnings("error")
+numpy.seterr(all="raise")
+network = Inner()
+torch.set_default_device("meta")
+changed = os.getcwd()
+""")
+    common.build_model(f"{odd}:network", DIGITS)
+    assert settings() == before
