@@ -13,6 +13,7 @@ each sample to run.eval.npz, both under the sha256 of the weights that they belo
 an earlier network on the same path remains, and what was measured is not run again.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -189,8 +190,10 @@ def file_flags(flag):
 
 def refuse_own_files(args):
     """UsageError where an output would replace a file of the user's, or another output."""
-    networks = [common.path_and_model(path)[0]
-                for path in (args.ckpt, args.baseline, *args.surrogate) if path]
+    named = [args.ckpt, *args.surrogate]
+    if args.baseline:
+        named.append(args.baseline)
+    networks = [common.path_and_model(path)[0] for path in named]
     own = [*networks, *Path(args.data_dir).glob("*.npz")]
     stem = stem_of(networks[0])
     own += [f"{stem}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
@@ -651,7 +654,7 @@ class Guarded(torch.nn.Module):
         except Exception as error:  # of a network of the user's own
             if "allocate" in str(error):
                 raise
-            raise refused("--ckpt", f"the network fails on a batch of {len(x)} images", error)
+            raise refused("the network", f"fails on a batch of {len(x)} images", error)
 
     def share(self):
         """The share of gradients since the last time that were not finite somewhere."""
@@ -685,12 +688,15 @@ class BatchStatistics(torch.nn.Module):
 
 
 class Nature(NamedTuple):
-    """What the probe found: are the logits a function of the image alone?"""
+    """What the probe found: are the logits a function of the image alone? Are they logits?"""
     randomised: bool = False
     batch_dependent: bool = False
     accuracy: float = 1.0
     n: int = 0
     classes: int = 2
+    probabilities: bool = False  # all of them lie in [0, 1]
+    sets_seed: bool = False  # see common.sets_seed
+    changes: bool = False  # a forward changes the network's own buffers
 
     @property
     def at_chance(self):
@@ -708,6 +714,7 @@ def probe(model, test, classes, name, precision="float32"):
     not depend differentiably on the image.
     """
     x, y, _ = next(common.eval_batches(test, 100))
+    buffers = copies(model.buffers())
     with common.model_mode(model, "eval"), common.autocast(x.device, precision):
         try:
             logits = logits_of(model, x)
@@ -719,7 +726,7 @@ def probe(model, test, classes, name, precision="float32"):
         if not logits.isfinite().all():
             bad = (~logits.isfinite().all(1)).sum()
             raise common.UsageError(f"{name}: its logits are not finite on {bad} of {len(x)} "
-                                    "clean images: it cannot be judged")
+                                    f"clean images: {way_out(logits)}")
         refuse_without_gradient(model, x, name)
         own = next(model.parameters(), x).dtype
         low = precision == "bfloat16" or own in (torch.float16, torch.bfloat16)
@@ -727,8 +734,31 @@ def probe(model, test, classes, name, precision="float32"):
         randomised = any(differ(logits, other, 1e-5) for other in passes)
         dependent = not randomised and depends_on_batch(model, x, logits, 0.05 if low else 1e-3)
         n = len(test.labels)
-        correct = common.correct(model, test).float().mean().item()
-    return Nature(randomised, dependent, correct, n, classes)
+        correct = common.correct(Guarded(model), test).float().mean().item()
+    changes = not all(map(same, buffers, model.buffers()))
+    return Nature(randomised, dependent, correct, n, classes, seem_probabilities(logits),
+                  model.sets_seed, changes)
+
+
+def copies(tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def same(a, b):
+    """Whether two tensors have the same values; NaN is like NaN."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def seem_probabilities(logits):
+    """Whether all logits lie in [0, 1]; those of a network that gives one constant do not count."""
+    return bool(0 <= logits.min() < logits.max() <= 1)
+
+
+def way_out(logits):
+    """What to do about logits that are not finite."""
+    if (logits == -np.inf).any() and (logits.isfinite() | (logits == -np.inf)).all():
+        return "mask a class by -1e4, not by -inf"
+    return "it cannot be judged"
 
 
 def refused(name, what, error):
@@ -772,19 +802,64 @@ def depends_on_batch(model, x, logits, tolerance):
     return differ(logits[rows], alone, tolerance) or differ(logits, turned, tolerance)
 
 
-def advice(model, test, nature):
-    """One line where a network is no better than chance, with the normalisation that would help."""
-    normalize = model.normalize
+class Rescaled(torch.nn.Module):
+    """A Classifier's network on scale * x + shift, without its own normalisation."""
+
+    def __init__(self, model, scale, shift):
+        super().__init__()
+        self.model = model
+        self.scale = scale
+        self.shift = shift
+
+    def forward(self, x):
+        return self.model(self.scale * x + self.shift, normalize=False)
+
+
+def accuracies_as(model, test):
+    """{what the user may change: clean accuracy with it}; the model is left as it was.
+
+    What the network does not take is left out.
+    """
     found = {}
+    normalize = model.normalize
+    buffers = copies(model.buffers())
+
+    def measure(words, model):
+        with contextlib.suppress(common.UsageError):
+            found[words] = common.accuracy(Guarded(model), test)
     for other in common.NORMALIZATIONS:
         model.normalize = other
-        found[other] = common.accuracy(model, test)
+        measure(f"--normalize {other}", model)
     model.normalize = normalize
-    best = max(found, key=found.get)
-    line = (f"clean accuracy is {100 * nature.accuracy:.1f} % of {nature.n} images, no better than "
-            "chance")
-    if found[best] > nature.accuracy + 0.1:
-        return f"{line}: --normalize {best} gives {100 * found[best]:.1f} %"
+    for words, scale, shift in (("2 * x - 1", 2, -1), ("255 * x", 255, 0)):
+        measure(f"{words} before the network", Rescaled(model, scale, shift))
+    for buffer, before in zip(model.buffers(), buffers):
+        buffer.copy_(before)
+    return found
+
+
+def advice(model, test, nature):
+    """One line where a network is no better than chance, or other images suit it far better.
+
+    Images in another range, or labels in another order. None where nothing speaks for either.
+    """
+    test = test.take(torch.arange(min(100, len(test.labels))))
+    found = accuracies_as(model, test)
+    highest = max(found.values())
+    line = f"clean accuracy is {100 * nature.accuracy:.1f} % of {nature.n} images"
+    line += ", no better than chance" if nature.at_chance else ""
+    far_better = highest > found[f"--normalize {model.normalize}"] + 0.1
+    if far_better and wilson(highest, len(test.labels))[0] > 1 / nature.classes:
+        best = [f"{words} gives {percent(share)} %" for words, share in found.items()
+                if share > highest - 0.05]
+        return f"{line}: {', '.join(best)}"
+    if not nature.at_chance:
+        return None
+    for later in range(1, nature.classes):
+        labels = (test.labels + later) % nature.classes
+        moved = common.accuracy(model, test._replace(labels=labels))
+        if moved > 0.5:
+            return f"{line}: its class is the label + {later}, with that {percent(moved)} %"
     return f"{line}: other weights, another --normalize or other classes?"
 
 
@@ -853,6 +928,7 @@ def evaluate(model, test, attack, batch_size, precision="float32", images=None, 
     if facts is None:
         facts = np.full((len(test.labels), 5), np.nan, np.float32)
     guarded = Guarded(attacked_network(model, attack))
+    judged = Guarded(model)
     saved = time.monotonic()
     with common.model_mode(model, "eval"), common.autocast(test.labels.device, precision):
         batches = common.eval_batches(test, batch_size, attack.name)
@@ -864,8 +940,8 @@ def evaluate(model, test, attack, batch_size, precision="float32", images=None, 
             if images is None:
                 x_adv = perturbed(guarded, x, y, attack, stop)
             else:
-                x_adv = first_that_fools(model, images[:, rows], x, y)
-            found = judge(model, x, y, x_adv, attack)
+                x_adv = first_that_fools(judged, images[:, rows], x, y)
+            found = judge(judged, x, y, x_adv, attack)
             broken = torch.full((len(x), 1), guarded.share(), device=x.device)
             facts[rows] = torch.cat([found, broken], 1).cpu()
             if keep is not None:
@@ -1013,6 +1089,7 @@ RISE = 0.15  # FGSM accuracy may rise by so much between two radii up to eps
 FALL = 0.5  # the mean loss along the gradient's sign may fall to this share of its highest
 DEAD = 0.05  # so many images may hold under PGD without a gradient to follow
 FAR_ABOVE = 0.2  # of the baseline's FGSM accuracy
+PROBABILITIES = "probabilities instead of logits"
 BLACK_BOX_ATTACK = "rays-1000"  # the black-box attack of every verdict
 BLACK_BOX_IMAGES = 200
 
@@ -1073,7 +1150,7 @@ def dead_flags(model, test, batch_size):
     dead = []
     with common.model_mode(model, "eval"):
         for x, y, _ in common.eval_batches(test, batch_size):
-            size = common.input_gradient(model, x, y)[0].abs().sum((1, 2, 3))
+            size = common.input_gradient(Guarded(model), x, y)[0].abs().sum((1, 2, 3))
             dead.append((size == 0) | ~size.isfinite())
     return torch.cat(dead).cpu().numpy()
 
@@ -1126,6 +1203,9 @@ def sanity(curve, unattacked, nature, eps, outcomes, baseline=None):
         Finding("batch-dependent", not nature.batch_dependent, "an image alone and in a batch"),
         Finding("clean accuracy at chance", not nature.at_chance, f"{percent(nature.accuracy)} % "
                 f"of {nature.n} images")]
+    if nature.probabilities:
+        findings.append(Finding(PROBABILITIES, False, "all outputs lie in [0, 1], attacks may be "
+                                "weaker on them"))
     findings.append(black_box_finding(curve))
     findings += black_box_findings([outcome for outcome in outcomes if outcome["eps"] == eps])
     return findings + [baseline_finding(accuracies[-1], pgd, baseline, curve["n"],
@@ -1190,7 +1270,10 @@ def verdict(findings, nature):
         return f"verdict: sound, no sign of masked gradients in {tested} tests"
     if failed == ["clean accuracy at chance"]:
         return "verdict: nothing to attack, clean accuracy is at chance"
-    masked = [sign for sign in failed if sign not in ("randomised", "batch-dependent")]
+    if failed == [PROBABILITIES]:
+        return f"verdict: not sound, the network gives {PROBABILITIES}"
+    other = ("randomised", "batch-dependent", PROBABILITIES)
+    masked = [sign for sign in failed if sign not in other]
     word = "masked gradients" if masked else "not a function of the image alone"
     return f"verdict: {word}: {'; '.join(failed)}"
 
@@ -2164,7 +2247,11 @@ def run_tasks(args, model, lines, eps, corrupted, record, facts):
 def log_to_wandb(args, checkpoint, record, outcomes, numbers, paths):
     """One W&B run for one evaluation; it names the run of training."""
     file = Path(common.path_and_model(args.ckpt)[0])
-    if os.environ.get("WANDB_MODE") == "disabled" or args.wandb == "disabled":
+    mode = os.environ.get("WANDB_MODE") or args.wandb
+    place = record.kept or os.environ.get("WANDB_DIR")
+    if mode == "auto" and not place and not common.wandb_key_is_configured():
+        return  # it would be offline, and a file that nobody asked for
+    if mode == "disabled" or args.wandb == "disabled":
         return
     folder = record.json_path.parent if record.kept else Path(tempfile.mkdtemp())
     config = dict(vars(args), training_run=checkpoint.get("wandb_id"),
@@ -2196,11 +2283,21 @@ def shared_settings(args, checkpoint, nature, sha):
                     dataset=checkpoint["dataset"], model=name,
                     normalize=checkpoint["normalize"], bn_mode=args.bn_mode,
                     randomised=nature.randomised, batch_dependent=nature.batch_dependent)
+    if nature.sets_seed:
+        settings["sets_seed"] = True
     if ".py:" in name:
         settings["model"] = code
         content = Path(code.rpartition(":")[0]).read_bytes()
         settings["model_sha256"] = hashlib.sha256(content).hexdigest()
     return settings
+
+
+def print_advice(classifier, look, nature, checkpoint):
+    """Print `advice`, if there is any, of somebody's weights and of what is at chance."""
+    if nature.at_chance or checkpoint["script"] == "state_dict":
+        line = advice(classifier, look, nature)
+        if line:
+            print(line)
 
 
 def print_head(args, checkpoint, nature, record):
@@ -2212,6 +2309,15 @@ def print_head(args, checkpoint, nature, record):
     if nature.randomised:
         print("the network is randomised: the same image has other logits on a second pass; each "
               "attack's last step is judged")
+    if nature.probabilities:
+        print("the network's outputs lie in [0, 1] and seem to be probabilities: attacks may be "
+              "weaker on them, let it return logits")
+    if nature.changes:
+        print("the network's forward changes its own buffers (a layer in train mode?): outcomes "
+              "may depend on what ran before")
+    if nature.sets_seed:
+        print("the network sets torch's seed in its forward: the attacks' random numbers go on "
+              "all the same")
     if nature.batch_dependent:
         print("the network is batch-dependent: an image's logits depend on the other images; "
               "batches stay whole")
@@ -2248,12 +2354,16 @@ def radii(args, checkpoint, facts):
     return facts["eps"] if args.protocol else eps, mean_eps
 
 
-def open_baseline(args, facts, device):
-    """The network of --baseline, or None."""
+def open_baseline(args, facts, device, look):
+    """The network of --baseline, or None; UsageError for one that cannot be attacked."""
     if not args.baseline:
         return None
-    return common.load_model(args.baseline, device=device, facts=facts,
-                             architecture=asked_model(args), normalize=args.normalize)[0]
+    model, _ = common.load_model(args.baseline, device=device, facts=facts,
+                                 architecture=asked_model(args), normalize=args.normalize)
+    if probe(model, look, facts["classes"], args.baseline).at_chance:
+        raise common.UsageError(f"--baseline {args.baseline}: its clean accuracy is at chance, it "
+                                "tells nothing")
+    return model
 
 
 def write_results(args, checkpoint, record, numbers, device):
@@ -2283,8 +2393,7 @@ def run():
     few = min(args.limit or 1000, 500 if device.type == "cpu" else 1000)
     look = load_test(facts, args.data_dir, few, device, args.workers)
     nature = probe(classifier, look, facts["classes"], args.ckpt, args.precision)
-    if nature.at_chance:
-        print(advice(classifier, look, nature))
+    print_advice(classifier, look, nature, checkpoint)
     todo = plan(args, facts, eps, mean_eps, device, nature, trained_linf(checkpoint))
     if args.normalized_eps:
         eps *= common.pixel_scale(facts)  # from here on in [0, 1] units
@@ -2293,7 +2402,7 @@ def run():
     if any(attack.kind == "corruptions" for attack, _, _ in todo):
         corrupted = corruption_paths(facts["name"], args.data_dir)
     surrogates = open_surrogates(args, facts, device, look, record)
-    baseline = open_baseline(args, facts, device)
+    baseline = open_baseline(args, facts, device, look)
     shared = shared_settings(args, checkpoint, nature, sha)
     lines = tasks(args, todo, facts, device, shared, surrogates, nature)
 

@@ -85,6 +85,49 @@ class Fragile(Plain):  # fails on the last, smaller batch
     def forward(self, x):
         return super().forward(x) if len(x) in (1, 20, 40, 360) or len(x) > 100 else x[:3] @ x
 
+class Strict(Plain):  # refuses other images than those of the attacks
+    def forward(self, x):
+        assert 0 <= x.min() and x.max() <= 1
+        return super().forward(x)
+
+class Updated(Plain):  # its statistics follow the images, in eval mode too
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+    def forward(self, x):
+        self.mean += 0.5 * (x.detach().mean() - self.mean)
+        return super().forward(x - 1e-4 * self.mean)
+
+class Seeded(Plain):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return super().forward(x)
+
+class Late(Plain):  # fails on batches that are larger than the first
+    def forward(self, x):
+        return super().forward(x) if len(x) <= 100 else x[:3] @ x
+
+class Masked(Plain):
+    def forward(self, x):
+        last = torch.arange(10) == 9
+        return super().forward(x).masked_fill(last, -float("inf"))
+
+class Softmax(Plain):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+class Bytes(Plain):  # trained on images in [0, 255]
+    def forward(self, x):
+        return super().forward(x / 255)
+
+class Symmetric(Plain):  # trained on images in [-1, 1]
+    def forward(self, x):
+        return super().forward((x + 1) / 2)
+
+class Shifted(Plain):  # class 0 is at the end
+    def forward(self, x):
+        return super().forward(x).roll(-1, 1)
+
 class Half(Plain):
     def __init__(self):
         super().__init__()
@@ -138,10 +181,11 @@ def accuracies(outcomes):
 
 @pytest.mark.parametrize("function, named", [
     ("NanLogits", "not finite"), ("Tuple", "tuple"), ("NoGrad", "differentiably"),
-    ("Detached", "differentiably"), ("Whole", "floating"), ("Fragile", "fails on a batch of")])
+    ("Detached", "differentiably"), ("Whole", "floating"), ("Fragile", "fails on a batch of"),
+    ("Late", "fails on a batch of 140"), ("Masked", "mask a class by -1e4")])
 def test_what_cannot_be_attacked_is_refused_before_the_first_attack(look, tmp_path, function,
                                                                      named):
-    flags = ["--batch-size", 20] if function != "Fragile" else ["--limit", 15]
+    flags = dict(Fragile=["--limit", 15], Late=["--limit", 140]).get(function, [])
     with pytest.raises(common.UsageError, match=named) as error:
         look(function, "--attacks", "clean,fgsm", *flags)
     assert "\n" not in str(error.value).strip() and not (tmp_path / f"{function}.json").exists()
@@ -233,10 +277,66 @@ def test_an_undefended_network_is_sound(look, theirs):
     assert "verdict: sound" in out and "not tested" not in out
 
 
+def test_a_baseline_that_cannot_be_attacked_is_refused_before_the_first_attack(look, theirs,
+                                                                               tmp_path):
+    for function, named in (("NoGrad", "differentiably"), ("NanLogits", "not finite"),
+                            ("Shifted", "at chance")):
+        with pytest.raises(common.UsageError, match=f"{function}.*{named}"):
+            look("Plain", "--attacks", "clean", "--baseline",
+                 f"{theirs}/weights.pt={theirs}/nets.py:{function}")
+    assert not (tmp_path / "Plain.json").exists()
+
+
+def test_probabilities_are_named(look):
+    """Attacks run; the network is asked for logits, and the verdict is not sound."""
+    usual = look("Plain", "--attacks", "clean")
+    probabilities = look("Softmax", "--attacks", "clean")
+    assert accuracies(usual[0]) == accuracies(probabilities[0])
+    assert "let it return logits" in probabilities[1] and "probabilities" not in usual[1]
+    nature = evaluate.Nature(n=400, classes=10, probabilities=True)
+    signs = findings([0.98, 0.5, 0.4, 0.3], nature=nature)
+    found = [evaluate.Finding(sign, passed, "") for sign, passed in signs.items()]
+    assert evaluate.verdict(found, nature).startswith("verdict: not sound, the network gives prob")
+
+
+@pytest.mark.parametrize("function, line", [
+    ("Bytes", "255 * x before the network gives {} %"),
+    ("Symmetric", "2 * x - 1 before the network gives {} %"),
+    ("Shifted", "its class is the label + 9, with that {} %"), ("Plain", None)])
+def test_images_or_labels_that_a_network_is_not_used_to(look, function, line):
+    """The line names the change, and the accuracy that the same weights have with it."""
+    right = accuracies(look("Plain", "--attacks", "clean", "--limit", 100)[0])["clean"]
+    outcomes, out = look(function, "--attacks", "clean", "--limit", 100)
+    if line is None:
+        assert "clean accuracy is" not in out
+    else:
+        assert line.format(f"{100 * right:.1f}") in out
+        assert accuracies(outcomes)["clean"] < right - 0.1
+
+
+def test_advice_leaves_the_network_as_it_was(look, theirs):
+    """One that refuses other images is evaluated; one that keeps statistics keeps the old."""
+    usual, _ = look("Plain", "--attacks", "clean,fgsm")
+    assert accuracies(look("Strict", "--attacks", "clean,fgsm")[0]) == accuracies(usual)
+    assert "changes its own buffers" in look("Updated", "--attacks", "clean")[1]
+    model = common.build_model(f"{theirs}/nets.py:Updated", DIGITS).eval()
+    model.net.mean.fill_(0.25)
+    found = evaluate.accuracies_as(model, evaluate.load_test(DIGITS, "data", 20, "cpu"))
+    assert len(found) == 5 and model.net.mean == 0.25 and model.normalize == "none"
+
+
+def test_a_forward_that_sets_the_seed_changes_no_outcome(look):
+    """Random starts and noise are those of the same network without the seed."""
+    names = "noisex5,pgd-2x5,multi-2x2"
+    outcomes, out = look("Seeded", "--attacks", names)
+    assert accuracies(outcomes) == accuracies(look("Plain", "--attacks", names)[0])
+    assert "sets torch's seed" in out and outcomes["noisex5"]["sets_seed"]
+
+
 def test_clean_accuracy_at_chance_names_the_normalisation(theirs, tmp_path, capsys):
     """An untrained network; one whose images were normalised in training is told how."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     model = common.Classifier(net, "image", DIGITS["mean"], DIGITS["std"])
     images, labels = common.digits("train")
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
@@ -245,17 +345,16 @@ def test_clean_accuracy_at_chance_names_the_normalisation(theirs, tmp_path, caps
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), torch.from_numpy(labels)).backward()
         optimizer.step()
-    net[1].bias.data[3] += 60  # without normalisation everything is a three
-    net[1].weight.data[3] -= 0  # the same network otherwise
+    net[1].weight.data[3] += 1  # the same for images whose mean is 0; all others are a three
     model = model.eval()
     test = evaluate.load_test(DIGITS, "data", 100, "cpu")
-    nature = evaluate.Nature(accuracy=0.1, n=100, classes=10)
-    assert nature.at_chance and not nature._replace(accuracy=0.3).at_chance
-    net[1].bias.data[3] -= 60
+    expected = common.accuracy(model, test)
     model.normalize = "none"
+    nature = evaluate.Nature(accuracy=common.accuracy(model, test), n=100, classes=10)
+    assert nature.at_chance and not nature._replace(accuracy=0.3).at_chance
     line = evaluate.advice(model, test, nature)
-    assert "no better than chance" in line
-    assert "--normalize image gives" in line or "--normalize dataset gives" in line
+    assert f"no better than chance: --normalize image gives {100 * expected:.1f} %" in line
+    assert expected > 0.8
 
 
 def outcome(attack, accuracy, **more):
@@ -513,7 +612,15 @@ def test_a_committed_checkpoint_is_left_alone(tmp_path, monkeypatch, capsys):
              f"{tmp_path}/net.py:make", "--limit", 20, "--attacks", "clean", "--surrogate",
              folder / "w.pt", "--transfer", "fgsm"]
     before = sorted(os.listdir(folder))
-    run_main(evaluate.main, "evaluate.py", *words)
+
+    def no_run(*args):
+        raise AssertionError("W&B writes a run that stays offline")
+    with monkeypatch.context() as patch:
+        patch.delenv("WANDB_MODE", raising=False)
+        patch.delenv("WANDB_DIR", raising=False)
+        patch.setattr(common, "wandb_key_is_configured", lambda: False)
+        patch.setattr(common, "wandb_run", no_run)
+        run_main(evaluate.main, "evaluate.py", *words)
     assert sorted(os.listdir(folder)) == before
     assert "--record" in capsys.readouterr().out
     run_main(evaluate.main, "evaluate.py", *words, "--record", tmp_path / "r.json")
