@@ -1176,8 +1176,9 @@ def too_small(name, facts, error):
     channels, height, width = facts["shape"]
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if ".py:" in name:
-        return UsageError(f"--model {name}: fails on a black image, a tensor (1, {channels}, "
-                          f"{height}, {width}) ({type(error).__name__}: {reason})")
+        return UsageError(f"--model {name}: does not take images of {height} x {width} pixels, "
+                          f"a tensor (1, {channels}, {height}, {width}) "
+                          f"({type(error).__name__}: {reason})")
     return UsageError(f"--model {name}: does not take images of {height} x {width} pixels and "
                       f"{channels} channels, they may be too small ({reason})")
 
