@@ -362,6 +362,15 @@ def outcome(attack, accuracy, **more):
     return dict(dict(attack=attack, kind=kind, eps=0.1, n=400, accuracy=accuracy), **more)
 
 
+def both_held(by_blind, by_white):
+    """Who holds under PGD and under a black-box attack: so many of 200 fall to one of them."""
+    white = np.ones(200, bool)
+    blind = np.ones(200, bool)
+    blind[:by_blind] = False
+    white[len(white) - by_white:] = False
+    return white, blind
+
+
 def findings(fgsm, pgd=0.0, losses=None, outcomes=(), listed=False, **options):
     """sign -> passed, for a made-up curve: FGSM accuracy at 0, eps / 4 ... eps.
 
@@ -370,7 +379,7 @@ def findings(fgsm, pgd=0.0, losses=None, outcomes=(), listed=False, **options):
     losses = losses or [1 - accuracy for accuracy in fgsm]
     curve = dict(fgsm=list(zip(fgsm, losses)), at_eps=len(fgsm) - 1, n=400, pgd=(pgd, 2.0),
                  pgd_at_1=(options.pop("at_1", 0.0), 9.0), noise=options.pop("noise", 0.95),
-                 black_box=(options.pop("black_box", 0.9), 200))
+                 black_box=both_held(*options.pop("black_box", (0, 30))))
     nature = options.pop("nature", evaluate.Nature(n=400, classes=10))
     found = evaluate.sanity(curve, options.pop("unattacked", 0.0), nature, 0.1, list(outcomes),
                             options.pop("baseline", None))
@@ -403,8 +412,11 @@ def test_signs_of_masking():
     assert findings(falling, baseline=0.15)[above] is True
     assert findings(falling, pgd=0.25, baseline=0.02)[above] is True, "PGD leaves something"
     blind = "black-box beats white-box"
-    assert findings(falling, pgd=0.9, black_box=0.5)[blind] is False
-    assert findings(falling, pgd=0.9, black_box=0.85)[blind] is True, "of 200 images it is chance"
+    assert findings(falling, black_box=(12, 2))[blind] is False
+    assert findings(falling, black_box=(12, 6))[blind] is True, "that is chance"
+    assert findings(falling, black_box=(0, 0))[blind] is True
+    assert evaluate.sign_test(5, 0) == 1 / 32 and evaluate.sign_test(0, 4) == 1
+    assert evaluate.sign_test(8, 2) == pytest.approx(56 / 1024)
 
 
 def test_black_box_beats_white_box():
