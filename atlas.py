@@ -136,8 +136,9 @@ def squared_jacobian_norm(logits, x, projections=1, differentiable=True):
 
 
 def atlas_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1):
-    """Eq. 12. x_adv: x' of `attack`. A term of weight 0 is not computed.
+    """ATLAS, eq. 12; with --beta 0 ATLAS-l (local), with --alpha 0 ATLAS-g (global).
 
+    x_adv: x' of `attack`. A term of weight 0 is not computed.
     eps_ratio: the current eps / eps, in [0, 1]; alpha and beta grow with it (appendix A.3).
     """
     # CE(x') + alpha ||J(x')||^2 + beta KL(p(x') || p(x))
@@ -157,12 +158,15 @@ def atlas_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1):
 # ---------------------------------------------------------------------- its rivals (appendix D.1)
 
 def adv_loss(model, x_adv, y):
-    """ADV: CE(x')."""
+    """ADV: CE(x'), adversarial training."""
     return dict(loss=common.cross_entropy(model(x_adv), y).mean())
 
 
 def trades_loss(model, x, x_adv, y, beta, eps_ratio=1.0):
-    """TRADES: CE(x) + beta KL(p(x) || p(x')). x_adv: x' of `kl_attack`."""
+    """TRADES: CE(x) + beta KL(p(x) || p(x')).
+
+    x_adv: x' of `kl_attack`.
+    """
     logits = model(x)
     ce = common.cross_entropy(logits, y).mean()
     kl = common.kl(model(x_adv), reference=logits).mean()
@@ -179,7 +183,10 @@ def jac_loss(model, x, y, alpha, projections=1):
 
 
 def tradesjac_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1):
-    """TradesJac: CE(x) + alpha ||J(x)||^2 + beta KL(p(x) || p(x')). x_adv: x' of `kl_attack`."""
+    """TradesJac: CE(x) + alpha ||J(x)||^2 + beta KL(p(x) || p(x')).
+
+    x_adv: x' of `kl_attack`.
+    """
     x = x.detach().requires_grad_(True)
     logits = model(x)
     ce = common.cross_entropy(logits, y).mean()
@@ -272,9 +279,9 @@ def announce_overfitting(history):
     if best is None or (len(history) > 1 and overfits(history[:-1])):
         return
     now = history[-1]
-    print(f"catastrophic overfitting: robust accuracy has fallen from {best['val/robust']:.3f} to "
-          f"{now['val/robust']:.3f}, ||J(x')||^2 risen from {best['jacobian/x_adv']:.3g} to "
-          f"{now['jacobian/x_adv']:.3g}", flush=True)
+    print("catastrophic overfitting: accuracy under PGD has fallen from "
+          f"{100 * best['val/robust']:.1f} to {100 * now['val/robust']:.1f} %,\n  ||J(x')||^2 has "
+          f"risen from {best['jacobian/x_adv']:.3g} to {now['jacobian/x_adv']:.3g}", flush=True)
 
 
 # -------------------------------------------------------------------------------- flags and loop
@@ -295,8 +302,9 @@ def settings(flags, facts):
 def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
-    common.shared_flags(parser, dataset="cifar10")
-    method_flags(parser.add_argument_group("method").add_argument, losses)
+    common.shared_flags(parser, dataset="cifar10", notes=dict(schedule="paper: see --guide"))
+    group = parser.add_argument_group("method", common.method_lines(losses))
+    method_flags(group.add_argument, losses)
     guide_flags(parser.add_argument_group("validation and schedule").add_argument)
     args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses,
                                                       always=("eps", "step_size"))
@@ -306,11 +314,11 @@ def parse(losses, argv=None):
 
 def method_flags(flag, losses):
     """The flags on the loss and its attack. flag: the add_argument of a group."""
-    flag("--method", "--loss", choices=losses, default="atlas", help="atlas (with --beta 0 "
-         "ATLAS-l, with --alpha 0 ATLAS-g), adv, trades, jac: zero-step JAC, tradesjac "
-         "(%(default)s)")
-    flag("--steps", type=common.count, default=1, help="steps of the training attack; 1: FGSM from "
-         "a random start; more: PGD, the paper's with 10 on CIFAR and 20 on MNIST (%(default)s)")
+    flag("--method", "--loss", metavar="NAME", choices=losses, default="atlas", help="one of the "
+         "above (%(default)s)")
+    flag("--steps", type=common.count, default=1, help="steps of the training attack; 1: FGSM "
+         "(fast gradient sign method) from a random start; more: PGD (projected gradient "
+         "descent), the paper's with 10 on CIFAR and 20 on MNIST (%(default)s)")
     flag("--fgsm-step", type=common.number(0, above=True), help="length of the one step in units "
          "of eps (%(default)s; fig. 4: 1.5, 1.8)")
     flag("--clip-start", action=argparse.BooleanOptionalAction, help="clip the one step's random "
@@ -327,16 +335,15 @@ def method_flags(flag, losses):
 def guide_flags(flag):
     """The flags on validation and what it decides. flag: the add_argument of a group."""
     flag("--guide", choices=["validation", "fixed"], default="validation", help="of --schedule "
-         "paper. validation: epochs without a gain in val/robust cut lr and end training. fixed: "
-         "lr falls after 1/2 and 3/4 of --epochs, which is ours, as the paper prints no drops; all "
-         "epochs run, 70 on MNIST. With either the best epoch, which is to be evaluated, has the "
-         "highest val/robust, as in the paper; with --val 0 it is the last (%(default)s)")
+         "paper. validation: epochs without a gain in accuracy under PGD on validation images cut "
+         "lr and end training. fixed: lr falls after 1/2 and 3/4 of --epochs, which is ours, as "
+         "the paper prints no drops; all epochs run, 70 on MNIST. With either the best epoch is "
+         "the one of that accuracy, as in the paper; with --val 0 the last (%(default)s)")
     flag("--plateau", type=common.count, default=2, help="--guide validation: epochs without a "
          "gain that divide lr by 5 (%(default)s)")
     flag("--patience", type=common.count, default=10, help="--guide validation: epochs without a "
          "gain that end training (%(default)s)")
-    flag("--val-steps", type=common.count, help="steps of the PGD that val/robust is measured by "
-         "(%(default)s)")
+    flag("--val-steps", type=common.count, help="steps of PGD on validation images (%(default)s)")
     flag("--val-step-size", type=common.unit, help="its step, in [0, 1] units; by default that of "
          "--step-size. A stronger guide: 40 steps of 0.03 on MNIST, 20 of 2/255 on CIFAR "
          "(%(default)s)")
@@ -358,6 +365,14 @@ def refuse_contradictions(args, given):
     if args.val == 0 and given & {"val_steps", "val_step_size"}:
         raise common.UsageError("--val 0: nothing is validated, so no --val-steps and no "
                                 "--val-step-size")
+
+
+def tell(run, reads, args, train, val):
+    """Print what runs and what the columns are."""
+    pgd = f"pgd-{args.val_steps}"
+    attacks = (f"{pgd} (step {common.shown(args.val_step_size)}), one-step (as --steps 1): under "
+               f"attack at eps {common.shown(args.eps)}")
+    run.tell(reads, train, val, attacks, renamed={"val/robust": pgd})
 
 
 def main():
@@ -392,10 +407,8 @@ def main():
                                 weight_decay=args.weight_decay, fused=True)
     guided = is_guided(args)
     run = common.Run(__file__, args, defaults, facts, precision, epochs_may_grow=guided)
-    first = run.start(model, optimizer)
-    if args.val:
-        step = common.shown(args.val_step_size)
-        print(f"validation: robust is the accuracy under PGD-{args.val_steps} with step {step}")
+    first = run.start(model, optimizer, "val/robust")
+    tell(run, common.flags_read(losses[args.method]), args, train, val)
 
     steps = common.steps_per_epoch(len(train.labels), args.batch_size)
     for epoch in range(first, args.epochs):
@@ -426,7 +439,7 @@ def main():
             with common.autocast(device, run.precision):
                 row |= validate(model, val, args.eps, args.val_step_size, args.val_steps,
                                 args.fgsm_step, args.clip_start)
-        run.finish_epoch(model, optimizer, row, metric=row.get("val/robust"))
+        run.finish_epoch(model, optimizer, row)
         if args.val:
             announce_overfitting(run.history)
     run.close()

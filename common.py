@@ -14,6 +14,7 @@ import difflib
 import errno
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import types
 import warnings
@@ -81,7 +83,7 @@ saved_files = []  # what this process has saved so far
 
 def what_is_kept():
     """The end of a message about a run that stops."""
-    return f", {saved_files[-1]} of the epoch before is kept" if saved_files else ""
+    return f", {saved_files[-1]} is kept" if saved_files else ""
 
 
 def cli(main):
@@ -143,6 +145,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{word} is no flag{did_you_mean(word, flags)}")
         return parsed
 
+    def print_help_of(self, flags):
+        """Print the help, which says whose defaults it shows, and leave."""
+        self.description = (f"In brackets: defaults for --dataset {flags.dataset} --method "
+                            f"{flags.method}. Add other flags to see theirs.\n\n"
+                            f"{self.description}")
+        self.print_help()
+        sys.exit(0)
+
     def error(self, message):
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if choice:
@@ -201,26 +211,34 @@ def several(low, high=math.inf, least=1):
 
 
 def shown(value):
-    """A value as messages and help show it: 8/255 rather than 0.031372549."""
+    """A value as messages and help show it: 8/255 rather than 0.031372549, 0.9 for 3 * 0.3."""
     if isinstance(value, list):
         return ",".join(str(shown(item)) for item in value)
     if not isinstance(value, float):
         return value
-    if float(f"{value:.4g}") == value:
-        return f"{value:.4g}"
-    of_255 = round(255 * value, 2)
-    if abs(of_255 / 255 - value) < 1e-9:
-        return f"{of_255:g}/255"
+    decimal = f"{value:.4g}"
+    if math.isclose(float(decimal), value, rel_tol=1e-9):
+        return decimal
+    exact = [f"{round(255 * value, 2):g}/255", str(Fraction(value).limit_denominator(9))]
+    exact = [text for text in exact if math.isclose(quotient(text), value, rel_tol=1e-9)]
+    return min(exact, key=len, default=decimal)
+
+
+def in_unit_of(value, flag):
+    """A radius as text, in the unit in which `shown` gives that of a flag: 0.0251 or 6.4/255."""
+    if str(shown(flag)).endswith("/255"):
+        return f"{255 * value:.3g}/255"
     return f"{value:.4g}"
 
 
-def shared_flags(parser, dataset):
+def shared_flags(parser, dataset, notes=None):
     """The flags that every training script has, in groups. dataset: the default one.
 
     A flag without a default here takes the paper's value for the data set: see `parse_flags`.
+    notes: flag's name -> what the help of this script adds: of epochs, schedule and eps.
     """
     data_flags(parser.add_argument_group("data and network").add_argument, dataset)
-    training_flags(parser.add_argument_group("training").add_argument)
+    training_flags(parser.add_argument_group("training").add_argument, notes or {})
     run_flags(parser.add_argument_group("run").add_argument)
 
 
@@ -244,17 +262,20 @@ def data_flags(flag, dataset):
     flag("--init", metavar="CKPT", help="start from the last weights of this checkpoint")
 
 
-def training_flags(flag):
-    """The shared flags on training. flag: the add_argument of a group."""
-    flag("--epochs", type=count, help="training epochs (%(default)s)")
+def training_flags(flag, notes):
+    """The shared flags on training. flag: the add_argument of a group; notes: see shared_flags."""
+    added = {name: f"; {notes[name]}" if name in notes else ""
+             for name in ("epochs", "schedule", "eps")}
+    flag("--epochs", type=count, help=f"training epochs{added['epochs']} (%(default)s)")
     flag("--batch-size", type=count, help="images per step (%(default)s)")
     flag("--lr", type=number(0, above=True), help="learning rate of SGD, its highest (%(default)s)")
-    flag("--schedule", choices=SCHEDULES, default="paper", help="of the learning rate; onecycle: "
-         "up for 30 %% of the steps, then down to 0, both linear (%(default)s)")
+    flag("--schedule", choices=SCHEDULES, default="paper", help="of the learning rate"
+         f"{added['schedule']}; onecycle: up for 30 %% of the steps, then down to 0, both linear "
+         "(%(default)s)")
     flag("--weight-decay", type=number(0), help="weight decay of SGD (%(default)s)")
     flag("--momentum", type=number(0, 1), help="momentum of SGD (%(default)s)")
-    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, 8/255 or 0.031; of DRA "
-         "the mean change per value (%(default)s)")
+    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, 8/255 or 0.031"
+         f"{added['eps']} (%(default)s)")
     flag("--attack-mode", choices=["eval", "train"], default="eval", help="mode of BatchNorm and "
          "dropout while a training attack runs (%(default)s)")
     flag("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of "
@@ -284,7 +305,7 @@ def wandb_flag(flag):
     """Add --wandb by `flag`, the add_argument of a parser or of a group."""
     flag("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
          help="Weights & Biases; auto: online where a key is configured, else offline; the "
-         "environment's WANDB_MODE wins (%(default)s)")
+         "environment variable WANDB_MODE overrides it (%(default)s)")
 
 
 def parse_flags(parser, argv, settings, losses, always=("eps",)):
@@ -311,9 +332,8 @@ def parse_flags(parser, argv, settings, losses, always=("eps",)):
     facts = dataset_facts(flags.dataset, flags.data_dir, flags.classes)
     defaults.update(settings(flags, facts))
     if asks_help:
-        parser.set_defaults(**{name: shown(value) for name, value in defaults.items()})
-        parser.print_help()
-        sys.exit(0)
+        parser.set_defaults(**defaults_told(settings, flags, facts, defaults, losses, always))
+        parser.print_help_of(flags)
     check_paths(flags)
     refuse_unread(flags.method, given, losses, always)
     flags = argparse.Namespace(**{**defaults, **given})
@@ -326,6 +346,50 @@ def parse_flags(parser, argv, settings, losses, always=("eps",)):
         raise UsageError(f"--batch-size {flags.batch_size} is for all {ranks()[1]} processes "
                          "together")
     return flags, facts, defaults, given.keys()
+
+
+def defaults_told(settings, flags, facts, defaults, losses, always):
+    """name -> the default as help shows it, with the other methods' where it differs from theirs.
+
+    Arguments as in `parse_flags`. A flag is told for the methods whose loss reads it.
+    """
+    tables = {}
+    for method in losses:
+        asked = argparse.Namespace(**{**vars(flags), "method": method})
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints was printed before
+            tables[method] = settings(asked, facts)
+    told = {}
+    for name, value in defaults.items():
+        readers = [method for method, loss in losses.items() if name in flags_read(loss)]
+        if not readers or name in always:
+            readers = list(losses)
+        others = {}  # value -> methods
+        for method in readers:
+            other = tables[method].get(name, value)
+            if other is not None and other != value:
+                others.setdefault(shown(other), []).append(method)
+        texts = [] if value is None else [str(shown(value))]
+        texts += [f"{', '.join(methods)}: {other}" for other, methods in others.items()]
+        told[name] = "; ".join(texts) or "none"
+    return told
+
+
+def method_lines(losses):
+    """A line for each method of a script's dictionary of losses: its name and what it is.
+
+    That is the first line of the docstring of the functions NAME_loss that it calls.
+    """
+    width = max(len(method) for method in losses)
+    lines = []
+    for method, loss in losses.items():
+        parts = []
+        for part in loss if isinstance(loss, list) else [loss]:
+            called = [part.__globals__.get(name) for name in part.__code__.co_names
+                      if name.endswith("_loss")]
+            texts = [inspect.getdoc(function) for function in called if callable(function)]
+            parts += [text.splitlines()[0].rstrip(".") for text in texts if text]
+        lines.append(f"{method:<{width}}  {', then '.join(parts)}".rstrip())
+    return "\n".join(lines)
 
 
 def check_paths(flags):
@@ -1993,7 +2057,8 @@ def provenance(device):
     start = ["python"]
     if size > 1:
         start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    hardware = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    hardware = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     if size > 1:
@@ -2177,6 +2242,8 @@ class Run:
         self.wandb_id = None
         self.provenance = None
         self.method_state = None  # what the method of an interrupted run kept
+        self.best_by = None  # the column whose highest value makes the best epoch
+        self.renamed = {}  # column -> its name in the terminal
         self.columns = None  # of the line that was printed last
         self.state = None
         self.writes = ranks()[0] == 0
@@ -2241,9 +2308,14 @@ class Run:
         if state.get("source", self.source) != self.source:
             print(f"{self.script}.py has changed since this run began")
 
-    def start(self, model, optimizer):
-        """Load the interrupted run, if there is one, or --init; returns the next epoch, from 0."""
+    def start(self, model, optimizer, best_by=None):
+        """Load the interrupted run, if there is one, or --init; returns the next epoch, from 0.
+
+        best_by: the column of an epoch's row whose highest value makes the best epoch. Where a row
+        lacks it, or it is None, the last epoch is the best.
+        """
         device = next(model.parameters()).device
+        self.best_by = best_by
         first = 0
         if self.state:
             first = self.continue_from(self.state, model, optimizer)
@@ -2256,7 +2328,6 @@ class Run:
                              "all of them do")
         if self.provenance is None:
             self.provenance = provenance(device)
-        self.print_flags()
         if self.writes:
             config = dict(self.config, script=self.script, source=self.source)
             self.wandb = wandb_run(config, self.script, self.path, self.wandb_id)
@@ -2278,29 +2349,66 @@ class Run:
             print(f"{self.path}: goes on after epoch {epoch}")
         return epoch
 
-    def print_flags(self):
-        """Two lines: what runs, and the flags that differ from the defaults."""
-        print(f"{self.path}: {self.script} on {self.config['dataset']}, {self.config['model']}, "
-              f"{self.precision}, {self.provenance['hardware']}")
-        first_line = ("ckpt", "resume", "overwrite", "precision", "dataset", "model")
+    def tell(self, reads, train, val, attacks, renamed=None):
+        """Print what runs, and what the columns of the table below are.
+
+        reads: the flags that the method reads, see `flags_read`. train, val: the Splits. attacks:
+        the text on the columns of accuracies under attack. renamed: column -> its name in the
+        terminal, where that is not the one in run.jsonl.
+        """
+        self.renamed = renamed or {}
+        config = self.config
+        lines = [f"{self.script} --method {config['method']} on {config['dataset']}, "
+                 f"{config['model']}: {len(train.labels):,} training and {len(val.labels):,} "
+                 "validation images",
+                 self.told_flags(reads),
+                 f"writes {self.path} ({self.precision}, {self.provenance['hardware']})"]
+        if len(val.labels):
+            lines.append("columns with %: accuracy on the validation images (chance: "
+                         f"{100 / self.facts['classes']:.3g} %); {attacks}")
+        lines.append("the others: lr of the epoch's last step; means of the loss and its terms; "
+                     "seconds of training alone")
+        for line in lines:
+            print(textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False,
+                                break_on_hyphens=False), flush=True)
+
+    def told_flags(self, reads):
+        """The flags that define the run, and all that differ from their defaults, as one line.
+
+        Where there is no room for all, those of the method that are at their defaults give way.
+        """
+        main = ["eps", "epochs", "batch_size", "lr"]
+        elsewhere = ["ckpt", "resume", "overwrite", "precision", "dataset", "model", "method"]
+        own = []
         changed = []
         for name, value in self.config.items():
-            if name in first_line or value == self.defaults.get(name, value):
+            if name in main or name in elsewhere:
                 continue
-            flag = f"--{name.replace('_', '-')}"
-            changed.append(flag if value is True else f"{flag} {shown(value)}")
-        told = " ".join(changed) if changed else "all at their defaults"
-        print(f"flags: {told}", flush=True)
+            if value != self.defaults.get(name, value):
+                changed.append(name)
+            elif name in reads and type(value) in (int, float) and value:
+                own.append(name)
+        while True:
+            told = [self.flag_text(name) for name in main + own + changed]
+            line = "flags: " + " ".join(told)
+            if len(line) <= 100 or not own:
+                return line
+            own.pop()
 
-    def finish_epoch(self, model, optimizer, row, metric=None, method_state=None,
-                     histograms=None):
+    def flag_text(self, name):
+        """A flag with its value, as on the command line."""
+        flag = f"--{name.replace('_', '-')}"
+        value = self.config[name]
+        return flag if value is True else f"{flag} {shown(value)}"
+
+    def finish_epoch(self, model, optimizer, row, method_state=None, histograms=None):
         """Keep the best weights, save, log and print an epoch.
 
-        row: name -> number, with "epoch" counted from 1. metric: the epoch with the highest one is
-        the best; the last epoch is where it is None. run.resume.pt alone suffices to go on; it is
-        written last. histograms: name -> tensor, for W&B.
+        row: name -> number, with "epoch" counted from 1. run.resume.pt alone suffices to go on; it
+        is written last. histograms: name -> tensor, for W&B.
         """
         self.history.append(row)
+        metric = row.get(self.best_by)
         state = copy_of_weights(model.net)
         tensors = [value for value in state.values() if torch.is_tensor(value)]
         if not all(value.isfinite().all() for value in tensors):
@@ -2359,17 +2467,21 @@ class Run:
             self.wandb = None
 
     def print_epoch(self, row):
-        """One aligned line: accuracies in %, and the minutes that are left."""
+        """One aligned line: accuracies in %, and the time that is left."""
         epochs = self.config["epochs"]
         done = row["epoch"] - self.first
-        left = (epochs - row["epoch"]) * (time.monotonic() - self.began) / done / 60
-        cells = epoch_cells(row, epochs)
-        cells["left"] = f"{left:.0f} min"
+        left = (epochs - row["epoch"]) * (time.monotonic() - self.began) / done
+        cells = epoch_cells(row, epochs, self.config["eps"], self.renamed)
+        cells["left"] = duration(left)
         widths = {name: max(8, len(name)) for name in cells}
         if row["epoch"] % 10 == 1 or list(cells) != self.columns:
             print(" ".join(f"{name:>{widths[name]}}" for name in cells))
         print(" ".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()), flush=True)
         self.columns = list(cells)
+        chance = 1 / self.facts["classes"]
+        if row["epoch"] == 1 and row.get("val/clean", 1.0) < chance + 0.05:
+            print(f"  clean % is near chance, {100 * chance:.3g}: common after one epoch, not "
+                  "after several")
 
     def close(self):
         """End the W&B run, release the path, and say how to evaluate the run."""
@@ -2384,28 +2496,46 @@ class Run:
         with first_process_first():  # the others may open what it wrote
             if self.writes:
                 self.unlock()
+        last = self.history[-1]["epoch"]
+        if self.best_by in self.history[best - 1]:
+            column = self.renamed.get(self.best_by, self.best_by.rpartition("/")[2])
+            other = f" (--weights last: epoch {last}'s)" if last > best else ""
+            print(f"the best epoch is {best}, by {column} %; evaluate.py takes its weights{other}:")
+        else:
+            print(f"evaluate.py takes the weights of the last epoch, {last}:")
         command = ["python", "evaluate.py", "--ckpt", str(self.path)]
         if ".py:" in self.config["model"]:
             command += ["--model", self.config["model"]]
         if self.config["data_dir"] != "data":
             command += ["--data-dir", str(self.config["data_dir"])]
-        print(f"{self.path}: the best epoch is {best}; {shlex.join(command)}")
+        print(f"  {shlex.join(command)}")
 
 
-def epoch_cells(row, epochs, columns=91):
+def duration(seconds):
+    """A time as text: 45 s, 12 min or 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def epoch_cells(row, epochs, eps, renamed, columns=91):
     """What the terminal shows of an epoch's row: column -> text, at most so many columns wide.
 
-    Accuracies, val/..., are in %. Of the other groups only the training terms are shown, the first
-    of them where there is no room for all. Everything is in run.jsonl and in W&B.
+    Accuracies, val/..., are in %, radii in the unit of --eps, `eps`. renamed: column -> its name
+    here. Of the other groups only the training terms are shown, the first of them where there is no
+    room for all. Everything is in run.jsonl and in W&B.
     """
     cells = {}
     terms = []
     for name, value in row.items():
         group, _, short = name.rpartition("/")
+        short = renamed.get(name, short)
         if name == "epoch":
             cells[name] = f"{value}/{epochs}"
         elif name == "eps":
-            cells[name] = shown(value)
+            cells[name] = in_unit_of(value, eps)
         elif group == "val":
             cells[f"{short} %"] = f"{100 * value:.1f}"
         elif group in ("", "train"):

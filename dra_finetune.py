@@ -135,14 +135,20 @@ def attack(model, x, target, eps, adversary, attack_steps, p, linf=None,
 # value, or None. attacked: the network that the adversary attacks, model itself where it is None.
 
 def clean_loss(model, x, y):
-    """CE(x): the first phase, and the first update of each batch of the second (section IV.A)."""
+    """CE on clean images.
+
+    The first phase, and the first update of each batch of the second (section IV.A).
+    """
     ce = common.cross_entropy(model(x), y).mean()
     return dict(loss=ce, ce_clean=ce)
 
 
 def adversarial_loss(model, x, y, eps, adversary, attack_steps, p, linf=None, attacked=None,
                      mode="eval"):
-    """CE(x'): the second update of each batch (section IV.A), and Madry's training."""
+    """CE on adversarial images.
+
+    The second update of each batch (section IV.A), and the training of Madry et al. 2018.
+    """
     attacked = model if attacked is None else attacked
     x_adv = attack(attacked, x, y, eps, adversary, attack_steps, p, linf, mode=mode)
     ce_adv = common.cross_entropy(model(x_adv), y).mean()
@@ -151,8 +157,9 @@ def adversarial_loss(model, x, y, eps, adversary, attack_steps, p, linf=None, at
 
 def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, dual_lr, linf=None,
               attacked=None, mode="eval"):
-    """Eqs. 8 and 9: one update on both losses. multiplier: lambda, a scalar tensor.
+    """One update on both, weighted by lambda of eqs. 8 and 9.
 
+    multiplier: lambda, a scalar tensor.
     ce_std: E CE(x; theta_std), the first phase's loss. "next_multiplier" is lambda after eq. 9.
     """
     # Eq. 8:  E CE(x') + lambda E [CE(x; theta) - CE(x; theta_std)]
@@ -169,7 +176,10 @@ def dual_loss(model, x, y, eps, adversary, attack_steps, p, multiplier, ce_std, 
 
 
 def trades_loss(model, x, y, eps, lam, adversary, attack_steps, p, linf=None, mode="eval"):
-    """TRADES: CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL. lam: 1/lambda."""
+    """TRADES: CE(x) + 1/lambda KL(p(x) || p(x')).
+
+    x' maximises the KL. lam: 1/lambda.
+    """
     logits = model(x)
     with torch.no_grad(), common.model_mode(model, mode):
         reference = model(x)
@@ -221,8 +231,11 @@ def settings(flags, facts):
 def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
-    common.shared_flags(parser, dataset="cifar10")
-    method_flags(parser.add_argument_group("method").add_argument, losses)
+    common.shared_flags(parser, dataset="cifar10", notes=dict(
+        schedule="paper: falls as a cosine, in each phase",
+        eps="of DRA the mean change per value"))
+    group = parser.add_argument_group("method", common.method_lines(losses))
+    method_flags(group.add_argument, losses)
     args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses,
                                                       always=("eps", "epochs"))
     check_flags(args, given)
@@ -231,11 +244,11 @@ def parse(losses, argv=None):
 
 def method_flags(flag, losses):
     """The script's own flags. flag: the add_argument of a group. losses: the dictionary of main."""
-    flag("--method", "--strategy", choices=losses, default="finetune", help="finetune: clean and "
-         "adversarial updates in turn, after a first phase on clean images; dual: one update on "
-         "both, eqs. 8 and 9; madry: adversarial images alone, trades: TRADES, mart: MART, all "
-         "from scratch; vanilla: clean images alone, the first phase (%(default)s)")
-    flag("--adversary", choices=["dra", "pgd"], help="of training (%(default)s)")
+    flag("--method", "--strategy", metavar="NAME", choices=losses, default="finetune", help="one "
+         "of the above; finetune makes two updates per batch; it and dual train vanilla first, or "
+         "start with --init (%(default)s)")
+    flag("--adversary", choices=["dra", "pgd"], help="of training; pgd: projected gradient descent "
+         "(%(default)s)")
     flag("--attacked", choices=["present", "first-phase"], default="present", help="the network "
          "that the adversary attacks: the one in training, or the one that the first phase left, "
          "which stays as it is (%(default)s)")
@@ -373,6 +386,7 @@ def train_phase(run, args, updates, model, train, val, radius, second):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
                                 weight_decay=args.weight_decay, fused=True)
     first = run.start(model, optimizer)
+    tell(run, common.flags_read(updates), args, train, val, second)
     with common.autocast(device, run.precision):
         kept = run.method_state or state_at_start(args, model, train, val, second)
     state = dict(kept, multiplier=kept["multiplier"].to(device), networks={"present": model})
@@ -390,6 +404,15 @@ def train_phase(run, args, updates, model, train, val, radius, second):
         kept = dict(kept, multiplier=state["multiplier"].cpu())
         run.finish_epoch(model, optimizer, row, method_state=kept)
     run.close()
+
+
+def tell(run, reads, args, train, val, second):
+    """Print what runs and what the columns are. second: whether a phase went before."""
+    attacks = (f"pgd-10 (step {common.shown(args.pgd_eps / 4)}): under attack at eps "
+               f"{common.shown(args.pgd_eps)}")
+    if second:
+        attacks += "; lost: points of clean accuracy below the start of this phase"
+    run.tell(reads, train, val, attacks, renamed={"val/robust": "pgd-10"})
 
 
 def validate(model, val, radius):
@@ -456,7 +479,7 @@ def main():
     if args.val and args.has_first_phase:
         row = run.history[-1]
         before = row["val/lost"] + row["val/clean"]
-        print(f"clean accuracy on held-out images: {100 * before:.2f} % before, "
+        print(f"clean accuracy on validation images: {100 * before:.2f} % before, "
               f"{100 * row['val/clean']:.2f} % after")
 
 

@@ -2,8 +2,8 @@
 
 Instance adaptive adversarial training: Improved accuracy tradeoffs in neural nets, 2020. One eps
 for all asks for the impossible where classes lie close. So every training image has its own: it
-grows a little while PGD fails to change the prediction, and shrinks where PGD does (algorithm 2).
-Eq. 2, solved as adversarial training is (algorithm 1):
+grows a little while PGD (projected gradient descent) fails to change the prediction, and shrinks
+where PGD does (algorithm 2). Eq. 2, solved as adversarial training is (algorithm 1):
     min over weights of  sum over i of  max over |delta_i| <= eps_i of  CE(f(x_i + delta_i), y_i)
 
     python iaat.py                     # the paper's settings: CIFAR-10, ResNet-18, 200 epochs
@@ -195,8 +195,9 @@ def adaptive_loss(model, x, y, eps, step_size, attack_steps, target_classes=0, m
 
 def iaat_loss(model, x, y, memory, warm, eps_w, gamma, beta, eps_min, rule, step_size,
               attack_steps, select_steps, target_classes=0, mode="eval"):
-    """IAAT, algorithm 1. memory: (N,), every image's eps of the epoch before.
+    """Each image has its own eps, by algorithm 2.
 
+    IAAT, algorithm 1. memory: (N,), every image's eps of the epoch before.
     warm: whether this epoch is in the warm-up; eps stays as it is. rule: "paper" or "authors".
     """
     if rule == "authors":
@@ -233,7 +234,10 @@ def authors_loss(model, x, y, memory, warm, eps_w, gamma, beta, eps_min, step_si
 
 def line_search_loss(model, x, y, memory, warm, eps_w, gamma, eps_min, rule, step_size,
                      attack_steps, select_steps, target_classes=0, mode="eval"):
-    """Algorithm 1 with eps by `line_search` (table 7); memory and warm as in `iaat_loss`."""
+    """Each image's eps is the largest of a grid that it withstands (table 7).
+
+    Algorithm 1 with eps by `line_search`; memory and warm as in `iaat_loss`.
+    """
     eps = memory
     mean_attacks = 0
     if not warm:
@@ -246,18 +250,21 @@ def line_search_loss(model, x, y, memory, warm, eps_w, gamma, eps_min, rule, ste
 
 
 def clean_loss(model, x, y):
-    """Training without an adversary: CE(x)."""
+    """Clean images, no adversary."""
     return dict(loss=common.cross_entropy(model(x), y).mean())
 
 
 def pgd_at_loss(model, x, y, eps, step_size, attack_steps, target_classes=0, mode="eval"):
-    """PGD-AT: CE on PGD of one eps for all images (Madry et al. 2018)."""
+    """PGD-AT: one eps for all images (Madry et al. 2018)."""
     x_adv = fixed_pgd(model, x, y, eps, step_size, attack_steps, target_classes, mode)
     return dict(loss=common.cross_entropy(model(x_adv), y).mean())
 
 
 def mixup_loss(model, x, y, eps, step_size, attack_steps, target_classes=0, mode="eval"):
-    """PGD-AT with mixed-up images and labels (table 8), lambda ~ Beta(1, 1)."""
+    """PGD-AT with mixed-up images and labels (table 8).
+
+    lambda ~ Beta(1, 1).
+    """
     x_adv = fixed_pgd(model, x, y, eps, step_size, attack_steps, target_classes, mode)
     lam = torch.rand(()).to(x)
     other = torch.randperm(common.joint_size(x)).to(y)[common.own_rows()]
@@ -286,9 +293,8 @@ def settings(flags, facts):
 
 def method_flags(flag, methods):
     """The flags of this script. flag: add_argument of a group; methods: the names."""
-    flag("--method", choices=methods, default="iaat", help="iaat: eps by algorithm 2; line-search: "
-         "the largest eps of a grid that holds (table 7); pgd-at: one eps for all; mixup: PGD-AT "
-         "with mixed-up labels (table 8); clean: no adversary (%(default)s)")
+    flag("--method", metavar="NAME", choices=methods, default="iaat", help="one of the above "
+         "(%(default)s)")
     flag("--gamma", type=common.unit, help="how far an eps is tried to grow or shrink, and the "
          "line search's grid step, in [0, 1] units (%(default)s)")
     flag("--beta", type=common.number(0, 1), help="share of the new eps in memory (%(default)s)")
@@ -315,8 +321,11 @@ def method_flags(flag, methods):
 def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
-    common.shared_flags(parser, dataset="cifar10")
-    method_flags(parser.add_argument_group("method").add_argument, losses)
+    common.shared_flags(parser, dataset="cifar10", notes=dict(
+        schedule="paper: falls after shares of the epochs, tables 10 and 11",
+        eps="IAAT: that of the warm-up"))
+    group = parser.add_argument_group("method", common.method_lines(losses))
+    method_flags(group.add_argument, losses)
     args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
     if args.method in ("iaat", "line-search") and args.warmup > args.epochs:
         raise common.UsageError(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
@@ -367,6 +376,17 @@ def eps_row(memory, index):
     return row
 
 
+def tell(run, reads, args, defaults, train, val):
+    """Print what runs and what the columns are."""
+    pgd = f"pgd-{defaults['attack_steps']}"
+    kind = "targeted, " if defaults["targeted"] else ""
+    attacks = (f"{pgd} ({kind}step {common.shown(defaults['step_size'])}): under attack at eps "
+               f"{common.shown(args.eps)}")
+    run.tell(reads, train, val, attacks, renamed={"val/robust": pgd})
+    if args.method in ("iaat", "line-search"):
+        print("eps: mean over the training images; right: share of them classified correctly")
+
+
 def main():
     # One line per method. A flag that only other methods' lines read is refused. The lines run
     # later: args, model and the like are set below. memory: the eps of the epoch before, (N,).
@@ -396,7 +416,9 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
                                 weight_decay=args.weight_decay, fused=True)
     run = common.Run(__file__, args, defaults, facts, precision)
-    first = run.start(model, optimizer)
+    first = run.start(model, optimizer,
+                      "val/clean" if args.method == "clean" else "val/robust")
+    tell(run, common.flags_read(losses[args.method]), args, defaults, train, val)
 
     # eps of every image, by its index in the training set; snapshots of it for fig. 8
     start_eps = 0.0 if args.eps_start == "0" else args.eps
@@ -438,8 +460,7 @@ def main():
                 row["val/robust"] = common.accuracy(model, val, attack=lambda x, y: fixed_pgd(
                     model, x, y, args.eps, defaults["step_size"], defaults["attack_steps"],
                     facts["classes"] if defaults["targeted"] else 0))
-        metric = row.get("val/clean" if args.method == "clean" else "val/robust")
-        run.finish_epoch(model, optimizer, row, metric, dict(state, memory=memory.cpu()),
+        run.finish_epoch(model, optimizer, row, dict(state, memory=memory.cpu()),
                          histograms={"eps/all": 255 * memory[train.index]})
     run.close()
 

@@ -1,8 +1,9 @@
 """SAT-Rx: single-step adversarial training with three regularisers against gradient masking.
 
-Vivek and Babu, "Regularizers for Single-step Adversarial Training", 2020. FGSM samples alone teach
-a network to mask its gradient. Each regulariser penalises a symptom of masking, so that training
-needs no iterative attack (R1 needs one, on one sample of the batch):
+Vivek and Babu, "Regularizers for Single-step Adversarial Training", 2020. Trained on samples of
+FGSM (fast gradient sign method, one step) alone, a network learns to mask its gradient. Each
+regulariser penalises a symptom of that. R2 and R3 need no iterative attack; R1 makes one, IFGSM
+(FGSM in several steps), on k images of a batch. R-FGSM is FGSM after a random step.
     R1, R2:  CE(x_fgsm) + lambda * mean ||g(x_fgsm) - g(x')||^2     x': by IFGSM (R1), R-FGSM (R2)
     R3:      loss_high + lambda * max(0, loss_low - tau * loss_high)     CE on FGSM at eps, eps_low
 
@@ -82,7 +83,10 @@ PAPER = {"cifar10": CIFAR10, "mnist": MNIST, "digits": DIGITS, "imagenet100": IM
 # ablations of section 5.3, with cross-entropy on the regulariser's samples, too.
 
 def r1_loss(model, x, y, eps, lam, attack_steps, k=1, ce_all=False, mode="eval"):
-    """SAT-R1, eq. 14. IFGSM samples of the last k images stay near their FGSM samples."""
+    """SAT-R1, eq. 14: FGSM samples, their logits kept near those of IFGSM samples.
+
+    The pairs are of the last k images.
+    """
     # 1/m sum J(f(x_fgsm), y) + lambda 1/k sum ||g(x_fgsm) - g(x_ifgsm)||^2
     m = common.joint_size(x)  # m and k count the images of all processes
     k = min(k, m)
@@ -101,7 +105,7 @@ def r1_loss(model, x, y, eps, lam, attack_steps, k=1, ce_all=False, mode="eval")
 
 
 def r2_loss(model, x, y, eps, lam, rfgsm_alpha, ce_all=False, mode="eval"):
-    """SAT-R2, eq. 15. R-FGSM samples stay near FGSM samples."""
+    """SAT-R2, eq. 15: FGSM samples, their logits kept near those of R-FGSM samples."""
     # 1/m sum J(f(x_fgsm), y) + lambda 1/m sum ||g(x_fgsm) - g(x_rfgsm)||^2
     x_fgsm = common.fgsm(model, x, y, eps, mode=mode)
     x_rfgsm = common.rfgsm(model, x, y, eps, rfgsm_alpha, mode=mode)
@@ -116,8 +120,9 @@ def r2_loss(model, x, y, eps, lam, rfgsm_alpha, ce_all=False, mode="eval"):
 
 
 def r3_loss(model, x, y, eps, lam, eps_low, tau, rfgsm_alpha=0.0, ce_all=False, mode="eval"):
-    """SAT-R3, eq. 16. The loss must grow with the radius; both radii use one gradient.
+    """SAT-R3, eq. 16: FGSM samples at two radii; the loss must grow with the radius.
 
+    Both radii use one gradient.
     rfgsm_alpha: size of the random step before the gradient, as in the authors' code; 0: none.
     """
     # loss_high + lambda max(0, loss_low - tau loss_high)
@@ -144,7 +149,7 @@ def r3_loss(model, x, y, eps, lam, eps_low, tau, rfgsm_alpha=0.0, ce_all=False, 
 # --------------------------------------------------------------- the baselines of section 3.2
 
 def nt_loss(model, x, y):
-    """Normal training: CE(x)."""
+    """Normal training, on clean images."""
     return dict(loss=common.cross_entropy(model(x), y).mean())
 
 
@@ -160,7 +165,7 @@ def draw_eps(x, eps):
 
 
 def fgsm_at_loss(model, x, y, eps, random_eps=False, mode="eval"):
-    """FGSM-AT: CE on a batch whose first half is replaced by FGSM samples.
+    """FGSM-AT: half of the batch is replaced by FGSM samples.
 
     random_eps: whether each sample has an eps of its own, of which `eps` is the largest.
     """
@@ -172,7 +177,10 @@ def fgsm_at_loss(model, x, y, eps, random_eps=False, mode="eval"):
 
 
 def eat_loss(model, sources, x, y, eps, mode="eval"):
-    """EAT: FGSM-AT whose samples are made on the model or on a source, drawn per batch."""
+    """EAT: ensemble adversarial training, FGSM-AT with samples of --source networks too.
+
+    Which network makes the samples is drawn per batch.
+    """
     half = common.rows_below(common.joint_size(x) // 2)
     drawn = torch.randint(1 + len(sources), ()).item()
     if drawn == 0:
@@ -183,19 +191,22 @@ def eat_loss(model, sources, x, y, eps, mode="eval"):
 
 
 def rfgsm_at_loss(model, x, y, eps, rfgsm_alpha, mode="eval"):
-    """CE on R-FGSM samples alone: ablation R2-2."""
+    """R-FGSM samples alone: ablation R2-2."""
     x_rfgsm = common.rfgsm(model, x, y, eps, rfgsm_alpha, mode=mode)
     return dict(loss=common.cross_entropy(model(x_rfgsm), y).mean())
 
 
 def pgd_at_loss(model, x, y, eps, step_size, attack_steps, mode="eval"):
-    """PGD-AT: CE on PGD samples (Madry et al. 2018)."""
+    """PGD-AT: samples of projected gradient descent (Madry et al. 2018)."""
     x_pgd = common.pgd(model, x, y, eps, step_size, attack_steps, mode=mode)
     return dict(loss=common.cross_entropy(model(x_pgd), y).mean())
 
 
 def trades_loss(model, x, y, eps, lam, step_size, attack_steps, mode="eval"):
-    """TRADES: CE(x) + 1/lambda KL(p(x) || p(x')), x' maximises the KL. lam: 1/lambda."""
+    """TRADES: CE(x) + 1/lambda KL(p(x) || p(x')).
+
+    x' maximises the KL. lam: 1/lambda.
+    """
     logits = model(x)
     with torch.no_grad(), common.model_mode(model, mode):
         reference = model(x)
@@ -237,8 +248,8 @@ def announce_masking(history):
     if masked[-1] != before:
         what = "sets in" if masked[-1] else "is over"
         row = history[-1]
-        print(f"gradient masking {what}: {100 * row['val/fgsm']:.0f} % of held-out images survive "
-              f"FGSM, {100 * row['val/pgd']:.0f} % PGD", flush=True)
+        print(f"gradient masking {what}: {100 * row['val/fgsm']:.0f} % of validation images "
+              f"survive FGSM, {100 * row['val/pgd']:.0f} % PGD", flush=True)
 
 
 # ------------------------------------------------------------------------------- flags and loop
@@ -255,8 +266,10 @@ def settings(flags, facts):
 def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
-    common.shared_flags(parser, dataset="cifar10")
-    method_flags(parser.add_argument_group("method").add_argument, losses)
+    common.shared_flags(parser, dataset="cifar10", notes=dict(
+        schedule="paper: divided by 5 after 1/4, 1/2 and 3/4 of the epochs"))
+    group = parser.add_argument_group("method", common.method_lines(losses))
+    method_flags(group.add_argument, losses)
     schedule_flags(parser.add_argument_group("part of a longer schedule").add_argument)
     args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
     refuse_contradictions(args, given)
@@ -265,14 +278,12 @@ def parse(losses, argv=None):
 
 def method_flags(flag, methods):
     """The flags of the methods. flag: the add_argument of a group."""
-    flag("--method", choices=methods, default="r2", help="nt: normal training; fgsm-at; rfgsm-at: "
-         "on R-FGSM samples alone, ablation R2-2; eat: FGSM-AT with samples of the --source "
-         "networks too; pgd-at; trades; r1: FGSM samples near IFGSM ones; r2: near R-FGSM ones; "
-         "r3: with a loss that grows with eps (%(default)s)")
+    flag("--method", metavar="NAME", choices=methods, default="r2", help="one of the above "
+         "(%(default)s)")
     flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; 1/lambda of "
          "TRADES (%(default)s)")
-    flag("--tau", type=common.number(0, 1), help="R3: loss_low stays below tau times loss_high "
-         "(%(default)s)")
+    flag("--tau", type=common.number(0, 1), help="R3: the loss at --eps-low is penalised where it "
+         "exceeds tau times the loss at --eps (%(default)s)")
     flag("--k", type=common.count, help="R1: pairs of FGSM and IFGSM samples of a batch "
          "(%(default)s)")
     flag("--attack-steps", type=common.count, help="steps of R1's IFGSM, of PGD-AT and of TRADES "
@@ -283,11 +294,11 @@ def method_flags(flag, methods):
          "(%(default)s)")
     flag("--eps-low", type=common.unit, help="R3: the smaller radius, in [0, 1] units "
          "(%(default)s)")
-    flag("--r3-noise", action="store_true", help="R3: start from the image after R-FGSM's random "
-         "step, clipped")
-    flag("--ce-all", action="store_true", help="r1, r2, r3: cross-entropy on the regulariser's "
-         "samples too. With --lam 0: ablations R1-1, R2-1, R3-2; with --k 13 of 32 (40 %%) also "
-         "R1-3. --method r3 --lam 0 alone is R3-1")
+    flag("--r3-noise", action="store_true", help="R3: FGSM starts after a random step of "
+         "--rfgsm-alpha, as in the authors' code")
+    flag("--ce-all", action="store_true", help="R1 to R3: cross-entropy on the regulariser's "
+         "samples too. Ablations R1-1, R2-1, R3-2: with --lam 0; R1-3: also with --k 40 %% of "
+         "--batch-size. R3-1 is --method r3 --lam 0 alone")
     flag("--fgsm-eps", choices=["fixed", "random"], default="fixed", help="FGSM-AT: all samples at "
          "--eps, or each image at an eps of its own, |N(0, eps/2)| up to --eps (%(default)s)")
     flag("--source", metavar="CKPT", action="append", default=[], help="EAT: a network that also "
@@ -298,8 +309,8 @@ def schedule_flags(flag):
     """The flags for a part of a longer schedule. flag: the add_argument of a group."""
     flag("--schedule-epochs", type=common.count, help="epochs of the whole schedule; by "
          "default it ends with this run (%(default)s)")
-    flag("--schedule-start", type=common.natural, default=0, help="epochs of the schedule that "
-         "the network of --init has behind it (%(default)s)")
+    flag("--schedule-start", type=common.natural, default=0, help="how many epochs of the "
+         "schedule the network of --init was trained for (%(default)s)")
 
 
 def refuse_contradictions(args, given):
@@ -331,6 +342,17 @@ def learning_rate(args, epoch, step_share):
         return args.lr * common.one_cycle((epoch + step_share) / args.schedule_epochs)
     quarters_done = 4 * epoch // args.schedule_epochs
     return args.lr * 0.2 ** quarters_done
+
+
+def tell(run, reads, args, defaults, train, val, probed):
+    """Print what runs and what the columns are. probed: how many images masking is watched on."""
+    eps = common.shown(args.eps)
+    pgd = f"pgd-{defaults['attack_steps']}"
+    attacks = (f"ifgsm-3 (3 steps), fgsm, {pgd} (step {common.shown(defaults['step_size'])}): "
+               f"under attack at eps {eps}")
+    if probed < len(val.labels):
+        attacks += f"; fgsm and {pgd} see {probed} images"
+    run.tell(reads, train, val, attacks, renamed={"val/pgd": pgd})
 
 
 def main():
@@ -368,7 +390,9 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
                                 weight_decay=args.weight_decay, fused=True)
     run = common.Run(__file__, args, defaults, facts, precision)
-    first = run.start(model, optimizer)
+    first = run.start(model, optimizer, "val/clean" if args.method == "nt" else "val/ifgsm-3")
+    tell(run, common.flags_read(losses[args.method]), args, defaults, train, val,
+         len(probe[1]) if probe else 0)
 
     steps = common.steps_per_epoch(len(train.labels), args.batch_size)
     for epoch in range(first, args.epochs):
@@ -397,8 +421,7 @@ def main():
                 common.seed_stream(args.seed, "probe", args.schedule_start + epoch)
                 row |= masking_signals(model, *probe[:2], args.eps, defaults["rfgsm_alpha"],
                                        defaults["step_size"], defaults["attack_steps"])
-        metric = row.get("val/clean" if args.method == "nt" else "val/ifgsm-3")
-        run.finish_epoch(model, optimizer, row, metric=metric)
+        run.finish_epoch(model, optimizer, row)
         if probe and args.method != "nt":
             announce_masking(run.history)
     run.close()

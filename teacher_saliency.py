@@ -140,7 +140,7 @@ class Discriminator(nn.Sequential):
 # map_pairs has (discriminator, student's maps, teacher's maps), detached, for discriminator_loss.
 
 def ce_loss(model, x, y):
-    """Normal training: CE(x)."""
+    """Normal training, on clean images."""
     ce = common.cross_entropy(model(x), y).mean()
     return dict(loss=ce, ce=ce), []
 
@@ -189,7 +189,10 @@ def agreement(j_s, j_t):
 
 
 def align_loss(model, teacher, discriminator, x, y, beta, gamma, kind, scale, map_mode="train"):
-    """Phase 1, eq. 13. kind: of `score`; scale: of `squared_distance`."""
+    """Phase 1, eq. 13: the student's saliency maps are aligned with the teacher's.
+
+    kind: of `score`; scale: of `squared_distance`.
+    """
     # CE + beta L_robust + gamma L_diff
     j_t = teacher_maps(teacher, x, y, kind)
     ce, x, map_logits, _ = student_pass(model, x, y, map_mode)
@@ -202,8 +205,9 @@ def align_loss(model, teacher, discriminator, x, y, beta, gamma, kind, scale, ma
 
 def curriculum_loss(model, teacher, discriminator, curr_discriminator, x, y, k, beta, gamma, kind,
                     scale, sign, map_mode="train", drop_alignment=False):
-    """Phase 2, eq. 16. sign: "literal" or "negated" for grad CE or -grad CE in eqs. 15 to 18.
+    """Phase 2, eq. 16, after phase 1: k % of the pixels, k falling.
 
+    sign: "literal" or "negated" for grad CE or -grad CE in eqs. 15 to 18.
     drop_alignment: leave out L_robust and L_diff (tables 5 and 6).
     """
     # CE + beta L_robust + gamma L_diff + beta L_curr-robust + gamma L_curr-diff
@@ -310,10 +314,22 @@ def teacher_rate(args, epoch):
     return args.lr * 0.1 ** len(drops)
 
 
+def val_step(eps, step_size):
+    """The step of validation's PGD. step_size: the teacher's."""
+    return max(eps / 4, step_size)
+
+
+def tell(run, reads, args, train, val):
+    """Print what runs and what the columns are."""
+    step = common.shown(val_step(args.eps, args.step_size))
+    attacks = f"pgd-20 (step {step}): under attack at eps {common.shown(args.eps)}"
+    run.tell(reads, train, val, attacks, renamed={"val/robust": "pgd-20"})
+
+
 def validate(model, val, eps, step_size):
     """Accuracy on clean images and under PGD-20."""
     def attack(x, y):
-        return common.pgd(model, x, y, eps, max(eps / 4, step_size), 20)
+        return common.pgd(model, x, y, eps, val_step(eps, step_size), 20)
     return {"val/clean": common.accuracy(model, val),
             "val/robust": common.accuracy(model, val, attack=attack)}
 
@@ -349,11 +365,8 @@ def train_epoch(args, epoch, stage, rate, precision, model, discriminators, opti
     return row
 
 
-def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train, val, metric):
-    """All epochs that are left. plan: the stage of each one; rate: function (args, epoch).
-
-    metric: the column whose highest value makes the best epoch; None: the last one.
-    """
+def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train, val):
+    """All epochs that are left. plan: the stage of each one; rate: function (args, epoch)."""
     for epoch in range(run.first, args.epochs):
         if epoch and plan[epoch].name != plan[epoch - 1].name:
             keep_stage(run, plan[epoch - 1])
@@ -364,8 +377,7 @@ def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train,
             with common.autocast(train.labels.device, run.precision):
                 row |= validate(model, val, args.eps, args.step_size)
         state = {name: value.cpu().clone() for name, value in discriminators.state_dict().items()}
-        run.finish_epoch(model, optimizer, row, metric=row.get(metric),
-                         method_state=dict(discriminators=state))
+        run.finish_epoch(model, optimizer, row, method_state=dict(discriminators=state))
     keep_stage(run, plan[-1])
     run.close()
 
@@ -431,8 +443,8 @@ def get_teacher(args, defaults, facts, precision, path, train, val):
                                 fused=True)
     run = common.Run(__file__, own, defaults, facts, precision)
     run.start(teacher, optimizer)
-    train_epochs(run, own, plan, teacher_rate, teacher, nn.ModuleList(), optimizer, train, val,
-                 metric=None)
+    tell(run, () if args.teacher else ("attack_steps", "step_size"), own, train, val)
+    train_epochs(run, own, plan, teacher_rate, teacher, nn.ModuleList(), optimizer, train, val)
     return teacher.eval().requires_grad_(False)
 
 
@@ -462,10 +474,23 @@ def settings(flags, facts):
 def parse(losses, argv=None):
     """(flags, facts, defaults): see common.parse_flags. losses: the dictionary of main."""
     parser = common.Parser(__doc__)
-    common.shared_flags(parser, dataset="cifar10")
-    flag = parser.add_argument_group("method").add_argument
-    flag("--method", choices=losses, default="curriculum", help="curriculum: phases 1 and 2; "
-         "align: phase 1 alone; nt: normal training for --align-epochs (%(default)s)")
+    common.shared_flags(parser, dataset="cifar10", notes=dict(
+        epochs="not to be given, follows from --align-epochs, --ks and --k-epochs",
+        schedule="paper: falls linearly, to 1/100 in phase 1 and to 1/10 of that in phase 2"))
+    last = {method: stages[-1] for method, stages in losses.items()}
+    method_flags(parser.add_argument_group("method", common.method_lines(last)).add_argument, last)
+    teacher_flags(parser.add_argument_group("teacher").add_argument)
+    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
+    if args.init and not args.teacher and args.method != "nt":
+        args.teacher = teacher_beside(args.init)
+    check(args, given)
+    return args, facts, defaults
+
+
+def method_flags(flag, methods):
+    """The flags of the methods. flag: the add_argument of a group."""
+    flag("--method", metavar="NAME", choices=methods, default="curriculum", help="one of the above "
+         "(%(default)s)")
     flag("--score", choices=["logit", "prob"], default="prob", help="saliency is the input "
          "gradient of the true class's logit or probability (%(default)s)")
     flag("--score2", choices=["logit", "prob"], help="the same in phase 2 (%(default)s)")
@@ -479,8 +504,8 @@ def parse(losses, argv=None):
     flag("--gamma", type=common.number(0), help="weight of L_diff in phase 1 (%(default)s)")
     flag("--beta2", type=common.number(0), help="weight of both L_robust in phase 2 (%(default)s)")
     flag("--gamma2", type=common.number(0), help="weight of both L_diff in phase 2 (%(default)s)")
-    flag("--align-epochs", type=common.natural, help="epochs of phase 1; 0 with --init: table 8 "
-         "(%(default)s)")
+    flag("--align-epochs", type=common.natural, help="epochs of phase 1, or of nt; 0 with --init: "
+         "table 8 (%(default)s)")
     flag("--ks", type=common.several(1, 100), help="percentages of pixels in phase 2, in order; "
          "one alone: no curriculum (%(default)s)")
     flag("--k-epochs", type=common.count, help="epochs of each of them (%(default)s)")
@@ -490,20 +515,14 @@ def parse(losses, argv=None):
          "cross-entropy alone (%(default)s)")
     flag("--input-noise", type=common.number(0, 1), default=0.0, help="half-width of uniform noise "
          "on the images of student and teacher, in [0, 1] units (%(default)s)")
-    teacher_flags(parser.add_argument_group("teacher").add_argument)
-    args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
-    if args.init and not args.teacher and args.method != "nt":
-        args.teacher = teacher_beside(args.init)
-    check(args, given)
-    return args, facts, defaults
 
 
 def teacher_flags(flag):
     """The flags of the teacher and of its training."""
     flag("--teacher", metavar="CKPT", help="the teacher, also of another data set; without it the "
          "one beside --init, or one that is trained first")
-    flag("--teacher-epochs", type=common.count, help="epochs of the teacher's PGD training, or of "
-         "its new last layer (%(default)s)")
+    flag("--teacher-epochs", type=common.count, help="epochs of the teacher's PGD (projected "
+         "gradient descent) training, or of its new last layer (%(default)s)")
     flag("--teacher-warmup", type=common.natural, help="first epochs of it in which the radius "
          "grows; without, it stays at chance on MNIST (%(default)s)")
     flag("--attack-steps", type=common.count, help="steps of the teacher's PGD (%(default)s)")
@@ -585,12 +604,11 @@ def main():
     groups = [dict(params=module.parameters()) for module in (model, *discriminators)]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay,
                                 fused=True)
-    run.start(model, optimizer)
+    run.start(model, optimizer, "val/clean" if args.method == "nt" else "val/robust")
+    tell(run, common.flags_read(losses[args.method]), args, train, val)
     if state and state.get("discriminators"):
         discriminators.load_state_dict(state["discriminators"])
-    metric = "val/clean" if args.method == "nt" else "val/robust"
-    train_epochs(run, args, plan, student_rate, model, discriminators, optimizer, train, val,
-                 metric)
+    train_epochs(run, args, plan, student_rate, model, discriminators, optimizer, train, val)
 
 
 if __name__ == "__main__":

@@ -365,8 +365,9 @@ def test_overfitting_is_announced(capsys):
         return capsys.readouterr().out
     assert say((0.6, 5.0)) == ""
     assert say((0.6, 5.0), (0.55, 30.0)) == say((0.6, 5.0), (0.3, 9.0)) == ""
-    assert "from 0.600 to 0.300, ||J(x')||^2 risen from 5 to 30" in say((0.6, 5.0), (0.3, 30.0))
-    assert "from 0.600 to 0.480" in say((0.6, 5.0), (0.56, 8.0), (0.52, 9.0), (0.48, 11.0))
+    said = " ".join(say((0.6, 5.0), (0.3, 30.0)).split())
+    assert "from 60.0 to 30.0 %, ||J(x')||^2 has risen from 5 to 30" in said
+    assert "from 60.0 to 48.0 %" in say((0.6, 5.0), (0.56, 8.0), (0.52, 9.0), (0.48, 11.0))
     assert say((0.6, 5.0), (0.3, 30.0), (0.2, 40.0)) == ""
 
 
@@ -606,11 +607,14 @@ def test_a_fixed_schedule_runs_all_epochs_and_keeps_the_best(tmp_path, monkeypat
     assert (saved["last"]["epoch"], saved["best"]["epoch"]) == (14, 3)
     assert rates == pytest.approx([0.05] * 7 + [0.01] * 3 + [0.002] * 4)
     assert seen == [(0.1, 0.03, 7)] * 14
-    assert "robust is the accuracy under PGD-7 with step 0.03\n" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "pgd-7 (step 0.03), one-step (as --steps 1): under attack at eps 0.1" in out
+    assert "clean % pgd-7 % one-step %" in out and "the best epoch is 3, by pgd-7 %" in out
     with pytest.raises(common.UsageError, match="the schedule depends on --epochs"):
         run_main(atlas.main, "atlas.py", *words, "--epochs", "15", "--val-steps", "7",
                  "--val-step-size", "0.03", "--resume")
     run_main(atlas.main, "atlas.py", *words, "--epochs", "2", "--val", "0", "--overwrite")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     assert saved["best"]["epoch"] == 2 and "val/robust" not in saved["history"][0]
-    assert "PGD" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pgd" not in out and "the weights of the last epoch, 2:" in out

@@ -656,7 +656,7 @@ def test_launch_of_a_copy_with_a_loss_of_its_own(tmp_path, monkeypatch):
     saved = torch.load(path, weights_only=True)
     assert saved["script"] == "mine"
     assert saved["source"] == copy
-    assert "mine on digits" in out
+    assert "mine --method mine on digits" in out
     assert f"runs/{path.name}" in out
     row = saved["history"][0]
     expected = row["train/ce_clean"] + 2 * row["train/ce_adv"]
@@ -717,7 +717,7 @@ def test_launch_on_data_of_ones_own(tmp_path, script, shape, classes, like, caps
     out = capsys.readouterr().out
     assert f"mine: the script takes the settings of {like}" in out
     assert "--data-dir" in out.splitlines()[-1] or "--data-dir" in out.splitlines()[-2]
-    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 100
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 100
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     assert saved["num_classes"] == classes and tuple(saved["input_shape"][1:]) == shape[:2]
     assert saved["args"]["val"] in (0, 40) and saved["args"]["eps"] == 4 / 255
@@ -765,7 +765,7 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "is finished" in out
     assert "has changed since this run began" in out
-    assert ", float32," in out
+    assert "(float32, CPU" in out
     with pytest.raises(common.UsageError, match="schedule was paper, is onecycle"):
         train(*words, "--resume", "--schedule", "onecycle")
     with pytest.raises(common.UsageError, match="begun with --precision float32"):
@@ -786,7 +786,78 @@ def test_help_shows_the_values_that_will_be_used(script, capsys):
     with pytest.raises(SystemExit):
         run_main(module.main, f"{script}.py", "--dataset", "mnist", "--help")
     text = " ".join(capsys.readouterr().out.split())
+    assert "defaults for --dataset mnist --method" in text
     assert "(lenet+)" in text
     assert "None" not in text
-    eps = "(0.1)" if script == "dra_finetune" else "(0.3)"
-    assert f"the mean change per value {eps}" in text
+    if script == "dra_finetune":
+        assert "the mean change per value (0.1; madry, trades: 0.3)" in text
+    else:
+        assert "mean change" not in text and "8/255 or 0.031" in text and "(0.3)" in text
+
+
+def test_help_tells_every_method_and_its_values(capsys):
+    """The other methods' values are those of the settings, each with the methods that read it."""
+    with pytest.raises(SystemExit):
+        run_main(sat_rx.main, "sat_rx.py", "--method", "r3", "--help", "--dataset", "mnist")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "defaults for --dataset mnist --method r3." in text
+    assert "(1; trades: 6; r1: 0.2; r2: 5)" in text
+    assert "(0.05; nt, fgsm-at, rfgsm-at, eat, pgd-at, trades, r1, r2: 0.01)" in text
+    assert " r2 SAT-R2, eq. 15: FGSM samples, their logits" in text
+    losses = {"a": [lambda: mine_loss(), lambda: other_loss()], "long": lambda: no_loss()}
+    assert common.method_lines(losses) == "a     First line, then Other\nlong"
+
+
+def mine_loss():
+    """First line.
+
+    Second line.
+    """
+
+
+def other_loss():
+    """Other."""
+
+
+def test_a_run_explains_its_table(tmp_path, capsys):
+    """Before it the method, the images and the numbers; after it whose weights are evaluated."""
+    path = tmp_path / "run.pt"
+    train("--method", "r2", "--epochs", 2, "--eps", "8/255", "--ckpt", path, "--val", 60)
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines() if str(path) not in line) <= 100
+    lines = out.splitlines()
+    assert lines[0] == ("sat_rx --method r2 on digits, cnn-small: 100 training and 60 validation "
+                        "images")
+    assert lines[1] == ("flags: --eps 8/255 --epochs 2 --batch-size 25 --lr 0.02 --lam 5 "
+                        "--limit 100 --val 60")
+    assert f"writes {path} (" in lines[2]
+    text = " ".join(out.split())
+    assert "accuracy on the validation images (chance: 10 %); ifgsm-3 (3 steps), fgsm, " in text
+    assert "pgd-10 (step 1.6/255): under attack at eps 8/255" in text
+    assert "seconds clean % ifgsm-3 % fgsm % pgd-10 % left" in text
+    best = torch.load(path, weights_only=True)["best"]["epoch"]
+    assert f"the best epoch is {best}, by ifgsm-3 %; evaluate.py takes its weights" in text
+    assert ("(--weights last: epoch 2's)" in text) == (best == 1)
+    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert all("val/pgd" in row for row in rows), "the log keeps the name"
+
+
+def test_chance_is_named_after_a_first_epoch_near_it(tmp_path, capsys):
+    words = ["--method", "nt", "--epochs", 2, "--lr", "1e-9"]
+    train(*words, "--ckpt", tmp_path / "a.pt")
+    assert capsys.readouterr().out.count("clean % is near chance, 10:") == 1
+    train(*words, "--ckpt", tmp_path / "b.pt", "--lr", "0.1", "--limit", "1000")
+    assert "near chance" not in capsys.readouterr().out
+
+
+def test_numbers_as_they_are_shown():
+    """What a person would type: exact where that is short, in the unit of the flag."""
+    values = {3 * 0.3: "0.9", 8 / 255: "8/255", 1.9 / 255: "1.9/255", 1 / 3: "1/3", 0.3: "0.3",
+              2.55 * 2 / 255: "0.02", 1e-5: "1e-05", 2.0: "2", 0.0: "0", 0.1234567: "0.1235"}
+    assert [common.shown(value) for value in values] == list(values.values())
+    assert common.shown([0.5, 2 / 3]) == "0.5,2/3" and common.shown(7) == 7
+    assert all(common.quotient(common.shown(value)) == pytest.approx(value, rel=1e-3)
+               for value in values)
+    assert common.in_unit_of(6.4 / 255, 8 / 255) == "6.4/255"
+    assert common.in_unit_of(0.08, 0.1) == "0.08"
+    assert [common.duration(s) for s in (0, 45, 720, 12600)] == ["0 s", "45 s", "12 min", "3.5 h"]

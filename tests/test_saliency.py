@@ -67,7 +67,8 @@ def small(monkeypatch, *words):
     def keep(run, args, plan, rate, model, judges, *_, **named):
         found.judges = judges.double()
         found.losses = {stage.name: stage.loss for stage in plan}
-    run = SimpleNamespace(method_state=None, start=lambda *_: 0, path=Path("run.pt"))
+    run = SimpleNamespace(method_state=None, start=lambda *_: 0, tell=lambda *_, **__: None,
+                          path=Path("run.pt"))
     with monkeypatch.context() as patch:
         patch.setattr(common, "Run", lambda *_, **__: run)
         patch.setattr(common, "build_model", lambda *_: model)

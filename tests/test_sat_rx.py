@@ -414,9 +414,9 @@ def test_masking_is_announced_when_it_sets_in_and_ends(capsys):
         history.append(row)
         sat_rx.announce_masking(history)
         said.append(capsys.readouterr().out)
-    assert said[1] == ("gradient masking sets in: 90 % of held-out images survive FGSM, "
+    assert said[1] == ("gradient masking sets in: 90 % of validation images survive FGSM, "
                        "10 % PGD\n")
-    assert said[3] == ("gradient masking is over: 80 % of held-out images survive FGSM, "
+    assert said[3] == ("gradient masking is over: 80 % of validation images survive FGSM, "
                        "75 % PGD\n")
     assert not (said[0] or said[2] or said[4])
     sat_rx.announce_masking([masked])
