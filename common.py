@@ -267,7 +267,7 @@ def training_flags(flag, notes):
     added = {name: f"; {notes[name]}" if name in notes else ""
              for name in ("epochs", "schedule", "eps")}
     flag("--epochs", type=count, help=f"training epochs{added['epochs']} (%(default)s)")
-    flag("--batch-size", type=count, help="images per step (%(default)s)")
+    flag("--batch-size", metavar="N", type=count, help="images per step (%(default)s)")
     flag("--lr", type=number(0, above=True), help="learning rate of SGD, its highest (%(default)s)")
     flag("--schedule", choices=SCHEDULES, default="paper", help="of the learning rate"
          f"{added['schedule']}; onecycle: up for 30 %% of the steps, then down to 0, both linear "

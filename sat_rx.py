@@ -1,9 +1,9 @@
 """SAT-Rx: single-step adversarial training with three regularisers against gradient masking.
 
-Vivek and Babu, "Regularizers for Single-step Adversarial Training", 2020. Trained on samples of
-FGSM (fast gradient sign method, one step) alone, a network learns to mask its gradient. Each
-regulariser penalises a symptom of that. R2 and R3 need no iterative attack; R1 makes one, IFGSM
-(FGSM in several steps), on k images of a batch. R-FGSM is FGSM after a random step.
+Vivek and Babu, "Regularizers for Single-step Adversarial Training", 2020. On samples of FGSM (fast
+gradient sign method, one step) alone a network learns to mask its gradient. Each regulariser
+penalises a symptom of that. R2 and R3 need no iterative attack. R1 makes one, IFGSM (FGSM in
+several steps), on k images of a batch. R-FGSM is FGSM after a random step. g: the logits.
     R1, R2:  CE(x_fgsm) + lambda * mean ||g(x_fgsm) - g(x')||^2     x': by IFGSM (R1), R-FGSM (R2)
     R3:      loss_high + lambda * max(0, loss_low - tau * loss_high)     CE on FGSM at eps, eps_low
 
@@ -286,8 +286,8 @@ def method_flags(flag, methods):
          "exceeds tau times the loss at --eps (%(default)s)")
     flag("--k", type=common.count, help="R1: pairs of FGSM and IFGSM samples of a batch "
          "(%(default)s)")
-    flag("--attack-steps", type=common.count, help="steps of R1's IFGSM, of PGD-AT and of TRADES "
-         "(%(default)s)")
+    flag("--attack-steps", metavar="N", type=common.count, help="steps of R1's IFGSM, of PGD-AT "
+         "and of TRADES (%(default)s)")
     flag("--step-size", type=common.unit, help="step of PGD-AT's and TRADES's PGD, in [0, 1] units "
          "(%(default)s)")
     flag("--rfgsm-alpha", type=common.unit, help="R-FGSM's first, random step, in [0, 1] units "
@@ -307,10 +307,10 @@ def method_flags(flag, methods):
 
 def schedule_flags(flag):
     """The flags for a part of a longer schedule. flag: the add_argument of a group."""
-    flag("--schedule-epochs", type=common.count, help="epochs of the whole schedule; by "
-         "default it ends with this run (%(default)s)")
-    flag("--schedule-start", type=common.natural, default=0, help="how many epochs of the "
-         "schedule the network of --init was trained for (%(default)s)")
+    flag("--schedule-epochs", metavar="N", type=common.count, help="epochs of the whole schedule; "
+         "by default it ends with this run (%(default)s)")
+    flag("--schedule-start", metavar="N", type=common.natural, default=0, help="how many epochs of "
+         "the schedule the network of --init was trained for (%(default)s)")
 
 
 def refuse_contradictions(args, given):
