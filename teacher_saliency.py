@@ -323,6 +323,8 @@ def tell(run, reads, args, train, val):
     """Print what runs and what the columns are."""
     step = common.shown(val_step(args.eps, args.step_size))
     attacks = f"pgd-20 (step {step}): under attack at eps {common.shown(args.eps)}"
+    if args.method == "curriculum":
+        attacks += "; k: % of pixels, 100 before phase 2"
     run.tell(reads, train, val, attacks, renamed={"val/robust": "pgd-20"})
 
 
