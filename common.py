@@ -59,11 +59,13 @@ CIFAR10 = dict(classes=10, shape=(3, 32, 32), images=50_000, eps=8 / 255, step=2
                mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR100 = dict(classes=100, shape=(3, 32, 32), images=50_000, eps=8 / 255, step=2 / 255,
                 mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+TINYIMAGENET = dict(classes=200, shape=(3, 64, 64), images=100_000, eps=8 / 255, step=2 / 255,
+                    mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821))
 IMAGENET = dict(classes=1000, shape=(3, 224, 224), images=1_281_167, eps=16 / 255, step=1 / 255,
                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 IMAGENET100 = dict(IMAGENET, classes=100, images=128_000, eps=8 / 255, step=2 / 255)
 DATASETS = {"digits": DIGITS, "mnist": MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100,
-            "imagenet": IMAGENET, "imagenet100": IMAGENET100}
+            "tinyimagenet": TINYIMAGENET, "imagenet": IMAGENET, "imagenet100": IMAGENET100}
 
 IMAGE_FILES = ("imagenet", "imagenet100")  # read from files; the others are held in memory
 NORMALIZATIONS = ("none", "dataset", "image")
@@ -877,7 +879,9 @@ def held_in_memory(facts, data_dir, split):
     else:
         path = Path(data_dir) / f"{name}.npz"
         with first_process_first():
-            if not path.exists() and name in DATASETS:
+            if name == "tinyimagenet" and not path.exists():
+                pack_tinyimagenet(path)
+            elif name in DATASETS and not path.exists():
                 download(name, path)
         images, labels = read_npz(path, split)
         channels, height, width = facts["shape"]
@@ -984,6 +988,51 @@ def download(name, path):
         raise UsageError(f"{path} is missing and {name} could not be downloaded from {mirrors[0]} "
                          f"({error}): put an npz there with train_images, test_images (uint8, "
                          "NHWC), train_labels, test_labels (int64)")
+
+
+def pack_tinyimagenet(path):
+    """Write tinyimagenet.npz once, as `download` does, from tiny-imagenet-200 beside it.
+
+    That folder is the archive as downloaded. Classes are numbered by the order of their names. The
+    test split is the archive's validation images, in the order of val_annotations.txt: the labels
+    of its test images are not public. Grey images become RGB.
+    """
+    folder = path.parent / "tiny-imagenet-200"
+    facts = DATASETS["tinyimagenet"]
+    print(f"{path} is missing: reading {folder}", flush=True)
+    try:
+        names = sorted((folder / "wnids.txt").read_text().split())
+        train = [(file, label) for label, name in enumerate(names)
+                 for file in sorted(folder.glob(f"train/{name}/images/*.JPEG"))]
+        if (len(names), len(train)) != (facts["classes"], facts["images"]):
+            raise OSError(f"it holds {len(names)} classes and {len(train)} training images, not "
+                          f"{facts['classes']} and {facts['images']}")
+        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+        columns = [line.split("\t") for line in lines]
+        test = [(folder / "val" / "images" / row[0], names.index(row[1])) for row in columns]
+        arrays = {}
+        for split, samples in dict(train=train, test=test).items():
+            files, labels = zip(*samples)
+            arrays[f"{split}_images"] = read_images(files, facts["shape"])
+            arrays[f"{split}_labels"] = np.array(labels)
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{path} is missing and {folder} cannot be read ({error}): unpack "
+                         "http://cs231n.stanford.edu/tiny-imagenet-200.zip there, with wnids.txt, "
+                         "train/WNID/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt")
+    write_beside(path, lambda file: np.savez(file, **arrays))
+
+
+def read_images(paths, shape):
+    """uint8 (N, H, W, 3) of N image files; ValueError for one that has not the shape (3, H, W)."""
+    from PIL import Image
+    channels, height, width = shape
+    images = np.empty((len(paths), height, width, channels), np.uint8)
+    for row, path in enumerate(progress(paths, "reading images")):
+        with Image.open(path) as image:
+            if image.size != (width, height):
+                raise ValueError(f"{path} has {image.size[0]} x {image.size[1]} pixels")
+            images[row] = np.asarray(image.convert("RGB"))
+    return images
 
 
 def import_torchvision():

@@ -77,7 +77,8 @@ PROTOCOLS = {  # another data set takes the columns of the one that is most like
                         attacks="clean,pgd-20,pgd-1000,un-100x10,multi-20x5,rays-40000,aa"),
         "cifar100": dict(ATLAS, attacks="clean,pgd-20,pgd-1000,un-100x10,rays-40000,aa")},
     "iaat": {"cifar10": IAAT_CIFAR10, "cifar100": IAAT, "imagenet": IAAT_IMAGENET},
-    "saliency": {"cifar10": SALIENCY_CIFAR10, "cifar100": SALIENCY},
+    "saliency": {"cifar10": SALIENCY_CIFAR10, "cifar100": SALIENCY,
+                 "tinyimagenet": dict(SALIENCY, attacks="clean,pgd-20")},  # table 10
     "dra": {"digits": dict(DRA, attacks="clean,pgd-20:0.05,pgd-20:0.1"),
             "mnist": dict(DRA, attacks="clean,pgd-20:0.1,pgd-20:0.3"),
             "cifar10": dict(DRA, attacks="clean,pgd-20:2/255,pgd-20:5/255,pgd-20:8/255")}}

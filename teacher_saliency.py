@@ -34,12 +34,14 @@ CIFAR10 = dict(
     beta=2.0, gamma=10.0, beta2=2.0, gamma2=20.0, align_epochs=100, k_epochs=15,
     ks=[90, 80, 70, 60, 50], teacher_epochs=100, teacher_warmup=0)
 CIFAR100 = dict(CIFAR10, gamma2=15.0)
+TINYIMAGENET = dict(CIFAR10, batch_size=16, gamma2=50.0)
 MNIST = dict(
     CIFAR10, model="lenet+", normalize="none", augment="none", batch_size=64, lr=0.01, eps=0.3,
     step_size=0.1, align_epochs=15, k_epochs=3, teacher_epochs=10, teacher_warmup=3)
 DIGITS = dict(MNIST, batch_size=32, eps=0.1, step_size=0.03, align_epochs=8, k_epochs=2,
               teacher_epochs=8, teacher_warmup=0)
-PAPER = {"cifar10": CIFAR10, "cifar100": CIFAR100, "mnist": MNIST, "digits": DIGITS}
+PAPER = {"cifar10": CIFAR10, "cifar100": CIFAR100, "tinyimagenet": TINYIMAGENET, "mnist": MNIST,
+         "digits": DIGITS}
 
 DISCRIMINATORS_EVERY = 5  # steps of the student for each of theirs
 
@@ -66,7 +68,6 @@ DISCRIMINATORS_EVERY = 5  # steps of the student for each of theirs
 #   --align-delay.
 # - The teacher keeps its last epoch, the student the best of both phases by PGD-20 on held-out
 #   images. run.align.pt, run.k90.pt ... are the networks after phase 1 and after every k.
-# - TinyImageNet (table 10, teacher A of table 3) is not here yet.
 # - --precision auto is bfloat16 for the teacher's training alone: it is too coarse for maps, whose
 #   discriminators see nothing but relative differences.
 # - Phase 2 of a saved phase 1 (--align-epochs 0 --init run.align.pt) takes its discriminators and

@@ -98,6 +98,80 @@ def test_download_writes_the_npz_once(tmp_path, monkeypatch):
     assert (train.images == 7).all()
 
 
+def tiny_imagenet(folder, pixels=64):
+    """Write tiny-imagenet-200 with three classes, four images each, two for validation, as PNGs.
+
+    They are named as JPEGs, which loses nothing. Returns {split: [(pixels, class's name)]}.
+    """
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    root = folder / "tiny-imagenet-200"
+    names = ["n3", "n1", "n2"]
+    images = {"train": [], "val": []}
+    lines = []
+    for split, number in (("train", 4), ("val", 2)):
+        for i in range(number):
+            for name in names:
+                file = f"{name}_{i}.JPEG"
+                place = root / "val" / "images"
+                if split == "train":
+                    place = root / "train" / name / "images"
+                else:
+                    file = f"val_{len(lines)}.JPEG"
+                    lines.append(f"{file}\t{name}\t0\t0\t9\t9\n")
+                place.mkdir(parents=True, exist_ok=True)
+                array = rng.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
+                if i == 1:
+                    array[..., 1:] = array[..., :1]
+                picture = Image.fromarray(array)
+                picture.convert("L" if i == 1 else "RGB").save(place / file, format="png")
+                images[split].append((array, name))
+    (root / "wnids.txt").write_text("\n".join(names))
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return images
+
+
+@pytest.fixture
+def three_classes(monkeypatch):
+    """TinyImageNet of three classes and twelve images."""
+    for name, value in dict(classes=3, images=12).items():
+        monkeypatch.setitem(common.DATASETS["tinyimagenet"], name, value)
+
+
+def test_tinyimagenet_as_downloaded(tmp_path, three_classes):
+    """Grey images are RGB, classes are in the order of their names, the test split in its own.
+
+    The folder is read once.
+    """
+    images = tiny_imagenet(tmp_path)
+    facts = common.dataset_facts("tinyimagenet")
+    test = evaluate.load_test(facts, tmp_path, None, "cpu")
+    wanted = np.stack([array for array, _ in images["val"]]).transpose(0, 3, 1, 2)
+    assert np.array_equal(test.images.numpy(), wanted)
+    assert test.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    (tmp_path / "tiny-imagenet-200").rename(tmp_path / "elsewhere")
+    train, _ = common.load_train(facts, tmp_path, 0, None, "cpu")
+    ordered = [array for name in ("n1", "n2", "n3") for array, own in images["train"]
+               if own == name]
+    assert np.array_equal(train.images.numpy(), np.stack(ordered).transpose(0, 3, 1, 2))
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("broken, named", [
+    ("wnids.txt", "No such file"), ("train/n1/images/n1_0.JPEG", "11 training images"),
+    ("val/images/val_2.JPEG", "val_2.JPEG"), ("val/val_annotations.txt", "val_annotations"),
+    (None, "32 x 32 pixels")])
+def test_an_incomplete_tinyimagenet_is_named(tmp_path, three_classes, broken, named):
+    facts = common.dataset_facts("tinyimagenet")
+    tiny_imagenet(tmp_path, pixels=64 if broken else 32)
+    if broken:
+        (tmp_path / "tiny-imagenet-200" / broken).unlink()
+    with pytest.raises(common.UsageError, match=named) as raised:
+        common.load_train(facts, tmp_path, 0, None, "cpu")
+    assert "cs231n.stanford.edu/tiny-imagenet-200.zip there, with wnids.txt" in str(raised.value)
+    assert not (tmp_path / "tinyimagenet.npz").exists()
+
+
 def test_digits():
     train, val = common.load_train(DIGITS, "nowhere", 237, None, "cpu")
     test = evaluate.load_test(DIGITS, "nowhere", None, "cpu")

@@ -355,6 +355,8 @@ def test_schedule_and_settings():
     assert (args.beta, args.gamma, args.gamma2, args.batch_size) == (2, 10, 20, 32)
     assert args.normalize == "image"
     assert flags_of(saliency, "--dataset", "cifar100").gamma2 == 15
+    tiny = flags_of(saliency, "--dataset", "tinyimagenet")
+    assert (tiny.gamma, tiny.gamma2, tiny.batch_size, tiny.epochs) == (10, 50, 16, 175)
     one = flags_of(saliency, "--align-epochs", "0", "--init", "at.pt", "--ks", "50",
                    "--k-epochs", "4")
     assert plan_of(one) == [(50, phase_2)] * 4
