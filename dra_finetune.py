@@ -29,7 +29,8 @@ import common
 # clean_share of the epochs is clean. pgd_ratio: at this multiple of DRA's eps a vanilla network
 # keeps the same accuracy under PGD (section V.C); validation uses it. p: the share of values that
 # DRA changes. lam: 1/lambda of TRADES, one of tables II and III (table I: 1 and 6; V: not printed);
-# MART's lambda is that of its own paper.
+# MART's lambda is that of its own paper. CIFAR-100 and TinyImageNet are not in the paper: they take
+# CIFAR-10's settings.
 CIFAR10 = dict(
     model="resnet50", normalize="none", augment="crop-flip", batch_size=128, weight_decay=2e-4,
     momentum=0.9, val=5000, epochs={"finetune": 60, "dual": 60, "else": 100},

@@ -24,9 +24,11 @@ import common
 
 # The paper's settings (section 5, table 8). lr, batch size, weight decay, momentum, validation
 # size (at most a tenth of the images is taken), eps_low and rfgsm_alpha of R1 to R3 are those of
-# the authors' code: the text leaves them out. ImageNet-100 has CIFAR-10's. The baselines take them,
-# too. PGD's step is that of the paper's evaluation. A dictionary has a value per method. `digits`
-# is a smoke test, its settings are ours.
+# the authors' code: the text leaves them out. The baselines take them, too. PGD's step is that of
+# the paper's evaluation. A dictionary has a value per method. `digits` is a smoke test, its
+# settings are ours. CIFAR-100 and TinyImageNet are not in the paper: they take CIFAR-10's settings.
+# ImageNet-100: the network, epochs, eps, lambda, k, tau and attack_steps are printed. lr, batch
+# size, weight decay, momentum, val, eps_low and rfgsm_alpha are guesses: CIFAR-10's.
 CIFAR10 = dict(
     model="wrn-28-10", normalize="none", augment="crop-flip", epochs=100, batch_size=64, lr=0.1,
     weight_decay=5e-4, momentum=0.9, val=10_000, eps=8 / 255, eps_low=2 / 255,

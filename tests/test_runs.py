@@ -738,6 +738,20 @@ EPS_FOLLOWERS = {
     "teacher_saliency": ["step_size"]}
 
 
+@pytest.mark.parametrize("dataset", ["cifar100", "tinyimagenet"])
+@pytest.mark.parametrize("script", OWN_RUNS)
+def test_every_script_has_settings_for_cifar100_and_tinyimagenet(script, dataset, capsys):
+    """Settings of the paper, or CIFAR-10's, which the script then says."""
+    module = importlib.import_module(script)
+    flags = flags_of(module, "--dataset", dataset)
+    said = f"{dataset}: the script takes the settings of cifar10" in capsys.readouterr().out
+    assert said == (dataset not in module.PAPER)
+    like = flags_of(module, "--dataset", "cifar10")
+    assert (flags.eps, flags.model, flags.lr) == (like.eps, like.model, like.lr)
+    tenth = common.DATASETS[dataset]["images"] // 10
+    assert flags.val == min(module.PAPER["cifar10"]["val"], tenth)
+
+
 def test_classes_are_kept_in_the_checkpoint(tmp_path):
     """--classes 7,0,1: three logits, evaluated on the test images of these classes alone."""
     path = tmp_path / "run.pt"
