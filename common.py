@@ -766,14 +766,16 @@ class ImageFiles(torch.utils.data.Dataset):
     """Image files in the place of a Split's tensor; they are cut to `shape` as they are read.
 
     draw: None for the middle of the image, or (seed, epoch) for torchvision's random crop and
-    flip, a pure function of draw and position.
+    flip, a pure function of draw and position. resize: whether the image is made smaller before
+    its middle is cut out.
     """
 
-    def __init__(self, paths, shape, workers, draw=None):
+    def __init__(self, paths, shape, workers, draw=None, resize=True):
         """paths: array of bytes (N,); shape: (3, H, H); workers: how many processes read."""
         self.paths = paths
         self.workers = workers
         self.draw = draw
+        self.resize = resize
         self.shape = (len(paths), *shape)
 
     def __len__(self):
@@ -782,7 +784,8 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, rows):
         """An image, uint8 (3, H, H), at a whole number; an ImageFiles at a tensor of them."""
         if torch.is_tensor(rows):
-            return ImageFiles(self.paths[rows.cpu().numpy()], self.shape[1:], self.workers)
+            return ImageFiles(self.paths[rows.cpu().numpy()], self.shape[1:], self.workers,
+                              resize=self.resize)
         from PIL import Image
         transforms = import_torchvision().transforms
         size = self.shape[-1]
@@ -790,8 +793,10 @@ class ImageFiles(torch.utils.data.Dataset):
             seed, epoch = self.draw
             seed_stream(seed, "crop", epoch, rows)
             steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-        else:
+        elif self.resize:
             steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+        else:
+            steps = [transforms.CenterCrop(size)]
         steps.append(transforms.PILToTensor())
         try:
             with Image.open(os.fsdecode(self.paths[rows])) as image:
@@ -810,7 +815,8 @@ def read(split, chunks, draw=None):
         for rows in chunks:
             yield to_float(split.images[rows])
         return
-    files = ImageFiles(split.images.paths, split.images.shape[1:], split.images.workers, draw)
+    files = ImageFiles(split.images.paths, split.images.shape[1:], split.images.workers, draw,
+                       split.images.resize)
     device = split.labels.device
     loader = torch.utils.data.DataLoader(
         files, batch_sampler=[rows.tolist() for rows in chunks], num_workers=files.workers,

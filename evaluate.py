@@ -57,8 +57,8 @@ IAAT = dict(PLAN, attacks="clean,pgd-10x5,pgd-100x5,pgd-1000x2", transfer="pgd-1
 IAAT_CIFAR10 = dict(IAAT, attacks=IAAT["attacks"] + ",deepfool-linf,corruptions",
                     few={"deepfool-linf": (0, 500)})
 TARGETED = [f"targeted-1000:{radius}/255" for radius in (4, 8, 12, 16)]
-IAAT_IMAGENET = dict(PLAN, attacks=",".join(["clean", *TARGETED]), step=1 / 255,
-                     few=dict.fromkeys(TARGETED, (1000, 100)))
+IAAT_IMAGENET = dict(PLAN, attacks=",".join(["clean", *TARGETED, "corruptions"]), step=1 / 255,
+                     few=dict(dict.fromkeys(TARGETED, (1000, 100)), corruptions=(0, 100)))
 SALIENCY = dict(PLAN, attacks="clean,fgsm,pgd-5,pgd-10,pgd-20", few={"aa": (0, 500)})
 SALIENCY_CIFAR10 = dict(SALIENCY, attacks=SALIENCY["attacks"] + ",cw-20,aa")
 DRA = dict(PLAN, step="eps/steps")
@@ -589,6 +589,8 @@ def refuse_senseless(name, kind, facts):
                                 "of them")
     if kind == "corruptions" and facts["name"] not in CORRUPTED:
         raise common.UsageError(f"corruptions: there is no corrupted copy of {facts['name']}")
+    if kind == "corruptions" and facts["chosen"]:
+        raise common.UsageError("corruptions: they are of all classes, the network knows some")
     least = {"apgd-t": 4, "apgd-dlr": 3}.get(kind, 2)
     if facts["classes"] < least:
         raise common.UsageError(f"{name} needs {least} classes, {facts['name']} has "
@@ -1044,13 +1046,33 @@ def make_images(images, place, surrogate, test, attack, batch_size):
 
 
 CORRUPTED = {"cifar10": ("CIFAR-10-C", "https://zenodo.org/records/2535967"),
-             "cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552")}
+             "cifar100": ("CIFAR-100-C", "https://zenodo.org/records/3555552"),
+             "imagenet": ("ImageNet-C", "https://zenodo.org/records/2235448")}
+# ImageNet-C's types: AlexNet's error on each, the mean of five severities, by its authors.
+ALEXNET_ERRORS = dict(
+    gaussian_noise=0.886428, shot_noise=0.894468, impulse_noise=0.922640, defocus_blur=0.819880,
+    glass_blur=0.826268, motion_blur=0.785948, zoom_blur=0.798360, snow=0.866816, frost=0.826572,
+    fog=0.819324, brightness=0.564592, contrast=0.853204, elastic_transform=0.646056,
+    pixelate=0.717840, jpeg_compression=0.606500)
+SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corruption_paths(dataset, data_dir):
-    """The files TYPE.npy of the corrupted test images, or UsageError with their address."""
+    """The corrupted test images as downloaded, a path for each type: TYPE.npy, or a folder TYPE.
+
+    UsageError with their address where they are missing.
+    """
     name, address = CORRUPTED[dataset]
     folder = Path(data_dir) / name
+    if dataset == "imagenet":
+        paths = [folder / kind for kind in ALEXNET_ERRORS]
+        parts = [path / str(severity) for path in paths for severity in SEVERITIES]
+        missing = [part for part in parts if not part.is_dir()]
+        if missing:
+            raise common.UsageError(
+                f"{missing[0]} is missing, one of {len(missing)}: unpack the archives from "
+                f"{address} so that there are {folder}/CORRUPTION/SEVERITY/WNID/NAME.JPEG")
+        return paths
     paths = sorted(path for path in folder.glob("*.npy") if path.stem != "labels")
     if not paths:
         raise common.UsageError(f"{folder} holds no TYPE.npy: unpack the archive from {address} "
@@ -1064,21 +1086,51 @@ def corruptions(model, paths, test, batch_size):
     They are those at the test images of a Split. paths: of `corruption_paths`.
     """
     table = {}
-    rows = test.index.cpu().numpy()
     for path in paths:
-        try:
-            arrays = np.load(path, mmap_mode="r")  # (severities * images, H, W, C)
-        except Exception as error:
-            raise common.UsageError(f"{path} cannot be read ({type(error).__name__}): unpack it "
-                                    "anew")
-        whole = len(arrays) // 5
+        images_of = corrupted_array if path.suffix == ".npy" else corrupted_files
         shares = []
-        for severity in range(5):
-            chosen = arrays[severity * whole + rows].transpose(0, 3, 1, 2).copy()
-            images = torch.from_numpy(chosen).to(test.images)
-            shares.append(common.accuracy(model, test._replace(images=images), batch_size))
+        for severity in SEVERITIES:
+            corrupted = test._replace(images=images_of(path, severity, test))
+            shares.append(common.accuracy(model, corrupted, batch_size))
         table[path.stem] = float(np.mean(shares))
     return table
+
+
+def corrupted_array(path, severity, test):
+    """A severity's images at those of a Split, from an array (severities * images, H, W, C)."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except Exception as error:
+        raise common.UsageError(f"{path} cannot be read ({type(error).__name__}): unpack it anew")
+    first = (severity - 1) * (len(array) // len(SEVERITIES))
+    chosen = array[first + test.index.cpu().numpy()].transpose(0, 3, 1, 2).copy()
+    return torch.from_numpy(chosen).to(test.images)
+
+
+def corrupted_files(path, severity, test):
+    """A severity's images at those of a Split, from files of the same names; they are cut already.
+
+    path: folder that holds SEVERITY/WNID/NAME.JPEG.
+    """
+    originals = [Path(os.fsdecode(original)) for original in test.images.paths]
+    corrupted = [os.fsencode(path / str(severity) / original.parent.name / original.name)
+                 for original in originals]
+    return common.ImageFiles(np.array(corrupted), test.images.shape[1:], test.images.workers,
+                             resize=False)
+
+
+def corruption_summary(types, dataset):
+    """An outcome's numbers from what `corruptions` returns.
+
+    Of ImageNet-C also ce, each type's error divided by AlexNet's, and mce, their mean (lower is
+    better; Hendrycks and Dietterich 2019).
+    """
+    measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types,
+                    nonfinite=0.0)
+    if dataset == "imagenet":
+        ce = {name: (1 - types[name]) / error for name, error in ALEXNET_ERRORS.items()}
+        measured.update(ce=ce, mce=float(np.mean(list(ce.values()))))
+    return measured
 
 
 # ------------------------------------------------------------------------------------ the verdict
@@ -1906,13 +1958,22 @@ def sensible(words, args, facts, nature):
             print(f"no multi-targeted attack: {facts['name']} has too many wrong classes")
         elif word == "corruptions" and facts["name"] not in CORRUPTED:
             print(f"no corruptions: there is no corrupted copy of {facts['name']}")
-        elif word == "corruptions" and not list(
-                (Path(args.data_dir) / CORRUPTED[facts["name"]][0]).glob("*.npy")):
+        elif word == "corruptions" and facts["chosen"]:
+            print("no corruptions: they are of all classes, the network knows some")
+        elif word == "corruptions" and not has_corruptions(facts["name"], args.data_dir):
             name, address = CORRUPTED[facts["name"]]
             print(f"no corruptions: {name} is not in {args.data_dir}, it is at {address}")
         else:
             kept.append(word)
     return kept
+
+
+def has_corruptions(dataset, data_dir):
+    """Whether the corrupted test images of a data set are at hand."""
+    try:
+        return bool(corruption_paths(dataset, data_dir))
+    except common.UsageError:
+        return False
 
 
 def plan(args, facts, eps, mean_eps, device, nature=Nature(), linf=None):
@@ -1978,6 +2039,8 @@ def print_outcome(outcome, header):
               f"{100 * outcome['nonfinite']:.2f} %")
     for name, accuracy in outcome.get("types", {}).items():
         print(f"{name:>20} {100 * accuracy:8.2f}")
+    if "mce" in outcome:
+        print(f"{'mCE':>20} {100 * outcome['mce']:8.2f} (errors divided by AlexNet's, in %)")
 
 
 def print_protocol(protocol, dataset, outcomes):
@@ -1997,7 +2060,8 @@ def print_protocol(protocol, dataset, outcomes):
     rows = {label: [*row, *[None] * (len(names) - len(row))]
             for label, row in table["rows"].items()}
     found = [ours.get(canonical(name.replace(NORMALISED, ""))) for name in names]
-    rows["this network"] = [outcome and 100 * outcome["accuracy"] for outcome in found]
+    rows["this network"] = [outcome and 100 * outcome["mce" if name == "mCE" else "accuracy"]
+                            for name, outcome in zip(names, found)]
     rows["its n"] = [outcome and str(outcome["n"]) for outcome in found]
     largest = max(outcome["eps"] or 0 for outcome in outcomes)
     text = (f"\n{table['table']} of the paper ({protocol}, {dataset}, eps {table['eps']}), "
@@ -2017,13 +2081,18 @@ def canonical(name):
 
 
 def our_columns(outcomes):
-    """Column -> outcome; transfer from the strongest of several surrogates is @surrogate, too."""
+    """Column -> outcome; transfer from the strongest of several surrogates is @surrogate, too.
+
+    That of ImageNet-C is under mCE, too.
+    """
     ours = {}
     for outcome in sorted(outcomes, key=lambda outcome: -outcome["accuracy"]):
         name = canonical(outcome["attack"].replace(NORMALISED, ""))
         if "surrogate_sha256" in outcome:
             ours[f"{name.rpartition('@')[0]}@surrogate"] = outcome
         ours[name] = outcome
+        if "mce" in outcome:
+            ours["mCE"] = outcome
     return ours
 
 
@@ -2173,8 +2242,7 @@ def measure(model, task, corrupted, args, record, notes):
     if task.attack.kind == "corruptions":
         types = corruptions(model, corrupted, task.test, task.batch_size)
         facts = np.empty((0, 5))
-        measured = dict(accuracy=float(np.mean(list(types.values()))), largest=None, types=types,
-                        nonfinite=0.0)
+        measured = corruption_summary(types, task.settings["dataset"])
     else:
         keep = np.empty(task.test.images.shape, np.float32) if args.save_adv else None
         images = task.images() if task.images else None

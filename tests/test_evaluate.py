@@ -473,6 +473,73 @@ def test_corruptions(tmp_path, capsys):
     assert outcome["accuracy"] == pytest.approx(np.mean(list(outcome["types"].values())))
 
 
+def imagenet_c(folder):
+    """Write nine test images of three classes, and ImageNet-C's fifteen types of them, 32 x 32.
+
+    Returns {(type, severity): (pixels (9, 32, 32, 3), labels)}, in the order of the files.
+    """
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    stored = {}
+    places = [("clean", 0)] + list(itertools.product(evaluate.ALEXNET_ERRORS, range(1, 6)))
+    for kind, severity in places:
+        root = folder / "ImageNet-C" / kind / str(severity)
+        if not severity:
+            root = folder / "imagenet" / "val"
+        pixels = rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+        for i, array in enumerate(pixels):
+            place = root / f"n{i // 3}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(place / f"v{i}.JPEG", format="png")  # loses nothing
+        stored[kind, severity] = pixels
+    return stored
+
+
+def test_imagenet_c(tmp_path, capsys, monkeypatch):
+    """Images are read as they are, at the chosen test images; mCE by its definition.
+
+    The error gives the address and the shape of the folder where files are missing.
+    """
+    for name, value in dict(classes=3, shape=(3, 32, 32)).items():
+        monkeypatch.setitem(common.DATASETS["imagenet"], name, value)
+    stored = imagenet_c(tmp_path)
+    torch.manual_seed(0)
+    model = common.build_model("cnn-small", common.dataset_facts("imagenet"))
+    for parameter in model.parameters():  # else it has one class for all images
+        parameter.data *= 10
+    torch.save(model.net.state_dict(), tmp_path / "w.pt")
+    words = ["--ckpt", tmp_path / "w.pt", "--dataset", "imagenet", "--model", "cnn-small",
+             "--data-dir", tmp_path, "--workers", 0]
+    evaluate_main(*words, "--attacks", "corruptions", "--limit", 5)
+    outcome, = json.loads((tmp_path / "w.eval.json").read_text())
+    rows = common.subset(9, 5).numpy()
+    labels = np.arange(9)[rows] // 3
+    errors = {}
+    for (kind, severity), pixels in stored.items():
+        x = torch.from_numpy(pixels[rows].transpose(0, 3, 1, 2) / 255).float()
+        wrong = model.eval()(x).argmax(1).numpy() != labels
+        errors.setdefault(kind, []).append(wrong.mean())
+    ratios = []
+    for kind, of_alexnet in evaluate.ALEXNET_ERRORS.items():
+        assert outcome["types"][kind] == pytest.approx(1 - np.mean(errors[kind]))
+        ratios.append(np.sum(errors[kind]) / (5 * of_alexnet))
+    assert list(outcome["ce"].values()) == pytest.approx(ratios)
+    assert outcome["mce"] == pytest.approx(np.mean(ratios))
+    assert len(set(outcome["types"].values())) > 1
+    assert f"mCE {100 * outcome['mce']:8.2f}" in capsys.readouterr().out
+    assert evaluate.our_columns([outcome])["mCE"] is outcome
+    (tmp_path / "ImageNet-C" / "fog" / "3").rename(tmp_path / "elsewhere")
+    named = "fog.3 is missing, one of 1.*zenodo.org/records/2235448.*CORRUPTION/SEVERITY/WNID"
+    with pytest.raises(common.UsageError, match=named):
+        evaluate_main(*words, "--attacks", "corruptions")
+
+
+def test_corruptions_of_some_classes_are_refused():
+    facts = common.dataset_facts("cifar10", chosen=[0, 1])
+    with pytest.raises(common.UsageError, match="they are of all classes"):
+        evaluate.parse_attacks("corruptions", facts, 0.03)
+
+
 def test_alignment_of_a_linear_model():
     """Eqs. 4, 6 and 7 from the weights."""
     model = Linear((1, 4, 4), classes=4)
