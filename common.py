@@ -292,6 +292,8 @@ def run_flags(flag):
     flag("--resume", action="store_true", help="go on with the run at --ckpt; start it if there is "
          "none")
     flag("--overwrite", action="store_true", help="replace the run at --ckpt")
+    flag("--keep-epochs", type=several(1), help="also keep the network after these epochs: 5,10 "
+         "gives run.e5.pt and run.e10.pt beside run.pt (none)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     workers_flag(flag)
     wandb_flag(flag)
@@ -344,10 +346,18 @@ def parse_flags(parser, argv, settings, losses, always=("eps",)):
             raise UsageError(f"--method {flags.method} reads --{name.replace('_', '-')}, which "
                              f"has no default for it on {flags.dataset}: give the flag, or put "
                              "a value into PAPER")
+    check_numbers(flags)
+    return flags, facts, defaults, given.keys()
+
+
+def check_numbers(flags):
+    """UsageError where --batch-size or --keep-epochs cannot be had."""
     if flags.batch_size < ranks()[1]:
         raise UsageError(f"--batch-size {flags.batch_size} is for all {ranks()[1]} processes "
                          "together")
-    return flags, facts, defaults, given.keys()
+    last_kept = max(flags.keep_epochs or [0])
+    if last_kept > flags.epochs:
+        raise UsageError(f"--keep-epochs {last_kept}: the run has {flags.epochs} epochs")
 
 
 def defaults_told(settings, flags, facts, defaults, losses, always):
@@ -2270,7 +2280,8 @@ class Run:
     """
 
     # what a resumed run may change
-    FREE = ("ckpt", "resume", "overwrite", "data_dir", "device", "workers", "wandb", "precision")
+    FREE = ("ckpt", "resume", "overwrite", "keep_epochs", "data_dir", "device", "workers", "wandb",
+            "precision")
 
     def __init__(self, script, flags, defaults, facts, precision, epochs_may_grow=False,
                  files=(), earlier_suffixes=()):
@@ -2301,8 +2312,11 @@ class Run:
         self.renamed = {}  # column -> its name in the terminal
         self.columns = None  # of the line that was printed last
         self.state = None
+        self.epoch_paths = {epoch: self.path.with_suffix(f".e{epoch}.pt")
+                            for epoch in flags.keep_epochs or ()}
         self.writes = ranks()[0] == 0
         if self.writes:
+            files = [*files, *self.epoch_paths.values()]
             earlier_paths = [self.path.with_suffix(suffix) for suffix in earlier_suffixes]
             self.claim(files, earlier_paths)
         begun_runs.append(self.path)
@@ -2402,6 +2416,9 @@ class Run:
             print(f"{self.path}: is finished")
         else:
             print(f"{self.path}: goes on after epoch {epoch}")
+        for kept, path in self.epoch_paths.items():
+            if kept <= epoch and not path.exists():
+                print(f"{path}: cannot be written, epoch {kept} is over")
         return epoch
 
     def tell(self, reads, train, val, attacks, renamed=None):
@@ -2473,12 +2490,12 @@ class Run:
         if metric is None or self.best is None or metric > self.best["metric"]:
             self.best = dict(last, metric=metric)
         if self.writes:
-            self.save(last, method_state, optimizer)
+            self.save(last, metric, method_state, optimizer)
             self.log(row, histograms or {})
             self.print_epoch(row)
 
-    def save(self, last, method_state, optimizer):
-        """Write run.pt, run.jsonl and run.resume.pt, in this order."""
+    def save(self, last, metric, method_state, optimizer):
+        """Write run.pt, run.jsonl, what --keep-epochs asks for and run.resume.pt, in this order."""
         config = self.config
         facts = self.facts
         saved = dict(
@@ -2490,6 +2507,9 @@ class Run:
         write_beside(self.path, lambda file: torch.save(saved, file))
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_beside(self.log_path, lambda file: file.write(lines.encode()))
+        if last["epoch"] in self.epoch_paths:
+            kept = dict(saved, best=dict(last, metric=metric))
+            write_beside(self.epoch_paths[last["epoch"]], lambda file: torch.save(kept, file))
         everything = dict(saved, optimizer=optimizer.state_dict())
         write_beside(self.resume_path, lambda file: torch.save(everything, file))
         saved_files.append(self.path)

@@ -471,6 +471,7 @@ def main():
         first_args.epochs = args.pretrain_epochs
         first_args.lr = args.pretrain_lr
         first_args.clean_epochs = 0
+        first_args.keep_epochs = None
         first_args.ckpt = str(run.path.with_suffix(".vanilla.pt"))
         first_run = common.Run(__file__, first_args, defaults, facts, precision)
         train_phase(first_run, first_args, losses["vanilla"], model, train, val, radius,

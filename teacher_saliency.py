@@ -424,6 +424,7 @@ def get_teacher(args, defaults, facts, precision, path, train, val):
     own.epochs = args.teacher_epochs
     own.ckpt = str(path)
     own.init = None
+    own.keep_epochs = None
     own.input_noise = 0.0
     if args.teacher:
         given, checkpoint = common.load_model(args.teacher, "best", device, foreign_facts=facts,

@@ -20,7 +20,7 @@ import common
 import evaluate
 import iaat
 import sat_rx
-from conftest import flags_of, random_mnist, run_main
+from conftest import flags_of, random_mnist, run_interrupted, run_main
 
 ROOT = Path(__file__).parent.parent
 DIGITS = common.dataset_facts("digits")
@@ -700,6 +700,42 @@ OWN_RUNS = {
     "dra_finetune": ["--epochs", 2, "--pretrain-epochs", 1, "--attack-steps", 2],
     "teacher_saliency": ["--teacher-epochs", 1, "--teacher-warmup", 0, "--attack-steps", 2,
                          "--align-epochs", 1, "--ks", 50, "--k-epochs", 1]}
+
+
+@pytest.mark.parametrize("script", OWN_RUNS)
+def test_chosen_epochs_are_kept(tmp_path, script, monkeypatch):
+    """run.e1.pt and run.e2.pt have the weights after these epochs as best and last ones.
+
+    So they have where the run was interrupted. They are not replaced unasked.
+    """
+    main = importlib.import_module(script).main
+    after = {}
+    real = common.Run.finish_epoch
+
+    def finish_epoch(run, model, optimizer, row, *args, **kwargs):
+        after[run.path.name, row["epoch"]] = common.copy_of_weights(model.net)
+        real(run, model, optimizer, row, *args, **kwargs)
+    monkeypatch.setattr(common.Run, "finish_epoch", finish_epoch)
+    words = [*SHORT, *OWN_RUNS[script], "--precision", "float32", "--keep-epochs"]
+    with pytest.raises(common.UsageError, match="--keep-epochs 3: the run has 2 epochs"):
+        run_main(main, f"{script}.py", *words, 3)
+    (tmp_path / "whole.e2.pt").write_text("somebody's notes")
+    with pytest.raises(common.UsageError, match="whole.e2.pt exists: --overwrite replaces it"):
+        run_main(main, f"{script}.py", *words, "1,2", "--ckpt", tmp_path / "whole.pt")
+    run_main(main, f"{script}.py", *words, "1,2", "--ckpt", tmp_path / "whole.pt", "--overwrite")
+    phases = len(after) - 1  # epochs before the second one
+    run_interrupted(main, f"{script}.py", [phases + 1], *words, "1,2", "--ckpt",
+                    tmp_path / "cut.pt")
+    kept = {path.name for path in tmp_path.glob("*.e*.pt")}
+    assert kept == {"whole.e1.pt", "whole.e2.pt", "cut.e1.pt", "cut.e2.pt"}
+    for epoch in (1, 2):
+        for name in ("whole", "cut"):
+            saved = torch.load(tmp_path / f"{name}.e{epoch}.pt", weights_only=True)
+            assert (saved["best"]["epoch"], len(saved["history"])) == (epoch, epoch)
+            assert same(saved["best"]["state_dict"], after["whole.pt", epoch])
+            assert same(saved["last"]["state_dict"], after["whole.pt", epoch])
+        common.load_model(tmp_path / f"whole.e{epoch}.pt")
+    assert not same(after["whole.pt", 1], after["whole.pt", 2])
 
 
 @pytest.mark.parametrize("script", OWN_RUNS)
