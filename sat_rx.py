@@ -219,6 +219,27 @@ def trades_loss(model, x, y, eps, lam, step_size, attack_steps, mode="eval"):
     return dict(loss=ce + lam * kl, ce=ce, kl=kl)
 
 
+# ---------------------------------------------------------------------------------------- the cost
+
+def step_cost(method, m, attack_steps, k=1):
+    """What a step on m images takes in forward-backward passes of m images: name -> number.
+
+    cost/attack: those that make the adversarial samples; table 8 prints them for one sample (FBP).
+    cost/passes: all, the update's included; a forward pass alone is a third, as in TRADES's
+    attack. EAT's may be of a source. Nothing is known of a method that is not here.
+    """
+    replaced = m // 2 / m  # half of the batch
+    pairs = min(k, m) / m
+    attack_and_training = {
+        "nt": (0, 1), "fgsm-at": (replaced, 1), "rfgsm-at": (1, 1), "eat": (replaced, 1),
+        "pgd-at": (attack_steps, 1), "trades": (attack_steps, 2 + 1 / 3),
+        "r1": (1 + pairs * attack_steps, 1 + pairs), "r2": (2, 2), "r3": (1, 2)}
+    if method not in attack_and_training:
+        return {}
+    attack, training = attack_and_training[method]
+    return {"cost/attack": attack, "cost/passes": attack + training}
+
+
 # ---------------------------------------------------------------------- what watches for masking
 
 def masking_signals(model, x, y, eps, rfgsm_alpha, step_size, steps):
@@ -395,6 +416,11 @@ def main():
     first = run.start(model, optimizer, "val/clean" if args.method == "nt" else "val/ifgsm-3")
     tell(run, common.flags_read(losses[args.method]), args, defaults, train, val,
          len(probe[1]) if probe else 0)
+    batch_size = min(args.batch_size, len(train.labels))
+    cost = step_cost(args.method, batch_size, args.attack_steps, args.k)
+    if cost:
+        print(f"cost: {cost['cost/passes']:.4g} forward-backward passes of a batch for each step, "
+              f"{cost['cost/attack']:.4g} of them for the attack")
 
     steps = common.steps_per_epoch(len(train.labels), args.batch_size)
     for epoch in range(first, args.epochs):
@@ -415,6 +441,7 @@ def main():
         row = {"epoch": epoch + 1, "lr": lr}
         row |= {f"train/{name}": value for name, value in meter.read().items()}
         row["seconds"] = time.perf_counter() - started
+        row |= cost
         if probe:
             with common.autocast(device, run.precision):
                 row["val/clean"] = common.accuracy(model, val)

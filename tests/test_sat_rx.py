@@ -157,6 +157,40 @@ def test_gradient_by_finite_differences(case):
     check_slopes(model, terms, rel=1e-4)
 
 
+@pytest.mark.parametrize("case", BASELINES + REGULARISED + [
+    TRADES, ("eat", "--source", "a.pt"), ("r1", "--ce-all"), ("r3", "--r3-noise"),
+    ("r1", "--k", "9", "--attack-steps", "3")], ids=" ".join)
+def test_cost_is_what_is_counted(case):
+    """By hooks: a forward pass of all images is a third, a backward pass two thirds."""
+    source = small_net(seed=1)
+    model, x, y, args, loss = small(*case, sources=[source])
+    forward = []
+    backward = []
+
+    def count(network, inputs, logits):
+        share = len(logits) / len(x)
+        forward.append(share)
+        if logits.requires_grad:
+            logits.register_hook(lambda grad: backward.append(share))
+    for network in (model, source):
+        network.register_forward_hook(count)
+    terms = loss(x, y)
+    cost = sat_rx.step_cost(args.method, len(x), args.attack_steps, args.k)
+    assert cost["cost/attack"] == pytest.approx(sum(backward))
+    terms["loss"].backward()
+    assert cost["cost/passes"] == pytest.approx((sum(forward) + 2 * sum(backward)) / 3)
+
+
+def test_cost_is_logged(tmp_path, capsys):
+    words = ["--dataset", "digits", "--model", "cnn-small", "--limit", 60, "--batch-size", 20,
+             "--epochs", 1, "--method", "r1", "--attack-steps", 4, "--ckpt", tmp_path / "r1.pt"]
+    run_main(sat_rx.main, "sat_rx.py", *words)
+    row, = torch.load(tmp_path / "r1.pt", weights_only=True)["history"]
+    assert (row["cost/attack"], row["cost/passes"]) == pytest.approx((1.2, 2.25))
+    assert "cost: 2.25 forward-backward passes" in capsys.readouterr().out
+    assert sat_rx.step_cost("mine", 20, 4) == {}
+
+
 def test_degenerate_settings():
     """lambda = 0 leaves CE on FGSM samples; R3's hinge is 0 where the loss grows enough."""
     for method in ("r1", "r2", "r3"):
