@@ -73,6 +73,8 @@ DISCRIMINATORS_EVERY = 5  # steps of the student for each of theirs
 # - Phase 2 of a saved phase 1 (--align-epochs 0 --init run.align.pt) takes its discriminators and
 #   run.teacher.pt beside it, but not its momentum.
 # - Table 9's beta = 0 and gamma = 0 are read as phase 2's, as its gamma = 20 is: --beta2, --gamma2.
+# - Table 7's cross-entropies are those of the training images, as they are and with BatchNorm in
+#   eval mode; the paper does not say of which images.
 # - Tables 13 and 14: a single k trains for --k-epochs, a fifth of phase 2, unless told otherwise.
 # - Cost: the paper claims 10 to 20 % of adversarial training's time. A step of phase 1 takes 4
 #   forward-backward passes, of phase 2 6, of PGD-7 training 8; the teacher is trained so, too.
@@ -368,8 +370,32 @@ def train_epoch(args, epoch, stage, rate, precision, model, discriminators, opti
     return row
 
 
-def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train, val):
-    """All epochs that are left. plan: the stage of each one; rate: function (args, epoch)."""
+def mean_ce(model, split):
+    """Mean cross-entropy of a split's clean images, the model in eval mode."""
+    total = torch.zeros((), dtype=torch.float64).to(split.labels.device)
+    with torch.no_grad(), common.model_mode(model, "eval"):
+        for x, y, _ in common.eval_batches(split, name="cross-entropy", shared=True):
+            total += common.cross_entropy(model(x), y).sum()
+    return common.summed(total).item() / len(split.labels)
+
+
+def losses_after_phase_1(model, teacher, train, diff):
+    """Table 7: the cross-entropy of student and teacher on clean training images.
+
+    diff: L_diff of the epoch, for the line that is printed; the teacher's is 0.
+    """
+    row = {"phase_1/ce": mean_ce(model, train), "phase_1/teacher_ce": mean_ce(teacher, train)}
+    print(f"after phase 1: cross-entropy of the student {row['phase_1/ce']:.4f}, of the teacher "
+          f"{row['phase_1/teacher_ce']:.4f}; alignment loss {diff:.4g}")
+    return row
+
+
+def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train, val,
+                 teacher=None):
+    """All epochs that are left. plan: the stage of each one; rate: function (args, epoch).
+
+    teacher: of the student.
+    """
     for epoch in range(run.first, args.epochs):
         if epoch and plan[epoch].name != plan[epoch - 1].name:
             keep_stage(run, plan[epoch - 1])
@@ -379,6 +405,10 @@ def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train,
             common.seed_stream(args.seed, "validation", epoch)
             with common.autocast(train.labels.device, run.precision):
                 row |= validate(model, val, args.eps, args.step_size)
+        names = [stage.name for stage in plan[epoch:epoch + 2]]
+        if names[0] == "align" and names[1:] != ["align"]:
+            with common.autocast(train.labels.device, run.precision):
+                row |= losses_after_phase_1(model, teacher, train, row["train/diff"])
         state = {name: value.cpu().clone() for name, value in discriminators.state_dict().items()}
         run.finish_epoch(model, optimizer, row, method_state=dict(discriminators=state))
     keep_stage(run, plan[-1])
@@ -612,7 +642,8 @@ def main():
     tell(run, common.flags_read(losses[args.method]), args, train, val)
     if state and state.get("discriminators"):
         discriminators.load_state_dict(state["discriminators"])
-    train_epochs(run, args, plan, student_rate, model, discriminators, optimizer, train, val)
+    train_epochs(run, args, plan, student_rate, model, discriminators, optimizer, train, val,
+                 teacher)
 
 
 if __name__ == "__main__":

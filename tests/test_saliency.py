@@ -504,6 +504,18 @@ def without_seconds(row):
     return {name: value for name, value in row.items() if name != "seconds"}
 
 
+def test_losses_after_phase_1(whole):
+    """Table 7: of student and teacher, once, on the clean images that they were trained on."""
+    train, _ = common.load_train(common.dataset_facts("digits"), "nowhere", 40, 64, "cpu")
+    x = train.images.float() / 255
+    history = load(whole)["history"]
+    for name, end in (("phase_1/ce", ".align.pt"), ("phase_1/teacher_ce", ".teacher.pt")):
+        model, _ = common.load_model(whole.with_suffix(end), "last")
+        expected = F.cross_entropy(model(x), train.labels).item()
+        assert history[1][name] == pytest.approx(expected, rel=1e-5)
+    assert ["phase_1/ce" in row for row in history] == [False, True, False, False]
+
+
 def test_align_is_the_first_phase_of_curriculum(tmp_path, whole):
     """Teacher, student, discriminators and log agree bit for bit.
 
