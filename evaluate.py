@@ -1390,6 +1390,7 @@ class Scene(NamedTuple):
     eps: float
     seed: int
     data_dir: str
+    teacher: torch.nn.Module | None = None  # of a student of teacher_saliency.py
 
 
 def plots(directory, scene):
@@ -1398,7 +1399,8 @@ def plots(directory, scene):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     paths = []
-    for draw in (draw_curves, draw_surface, draw_images, draw_dra, draw_training, draw_eps):
+    for draw in (draw_curves, draw_surface, draw_images, draw_maps, draw_dra, draw_training,
+                 draw_eps):
         figure = draw(plt, scene)
         if figure:
             paths.append(Path(directory) / f"{draw.__name__[5:]}.png")
@@ -1492,6 +1494,17 @@ def true_logit(logits, y):
     return logits.gather(1, y[:, None])[:, 0]
 
 
+def true_probability(logits, y):
+    """The true class's probability, (N,)."""
+    return logits.softmax(1).gather(1, y[:, None])[:, 0]
+
+
+def map_pictures(maps):
+    """Maps (N, C, H, W) as images in [0, 1]: 0 is grey, an image's largest value black or white."""
+    size = maps.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    return 0.5 + maps / (2 * size)
+
+
 def draw_images(plt, scene):
     """Clean and PGD-40 images, their difference, and the saliency.
 
@@ -1507,9 +1520,8 @@ def draw_images(plt, scene):
         gradient, _ = common.input_gradient(model, x, y, loss=true_logit)
         names = {"clean": logits_of(model, x).argmax(1).tolist(),
                  "adversarial": logits_of(model, x_adv).argmax(1).tolist()}
-    size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
     rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * scene.eps),
-                saliency=0.5 + gradient / (2 * size))
+                saliency=map_pictures(gradient))
     figure, axes = plt.subplots(4, len(x), figsize=(1.4 * len(x), 6.6), layout="constrained",
                                 squeeze=False)
     for line, (row, images) in zip(axes, rows.items()):
@@ -1527,6 +1539,52 @@ def name_prediction(ax, predicted, label):
     """The predicted class above an image, red where it is wrong."""
     ax.set_title(f"{predicted} (true {label})", fontsize=9,
                  color="tab:green" if predicted == label else "tab:red")
+
+
+def teacher_beside(args, checkpoint, device):
+    """The network in run.teacher.pt beside run.pt, run.align.pt or run.k50.pt; None without it."""
+    path = Path(common.path_and_model(args.ckpt)[0])
+    stems = (path.with_suffix(""), path.with_suffix("").with_suffix(""))
+    found = [f"{stem}.teacher.pt" for stem in stems if Path(f"{stem}.teacher.pt").exists()]
+    if not found or path.name.endswith(".teacher.pt"):
+        return None
+    try:
+        facts = common.checkpoint_facts(checkpoint)
+        return common.load_model(found[0], device=device, facts=facts,
+                                 architecture=asked_model(args))[0]
+    except common.UsageError as error:
+        print(f"no maps of the teacher: {error}")
+        return None
+
+
+def draw_maps(plt, scene):
+    """Saliency maps of teacher and student side by side (saliency paper, figs. 4, 7 and 8).
+
+    Of the score that the student was aligned by. Each map is divided by its largest value. The
+    number is the cosine of both. None without a teacher.
+    """
+    if scene.teacher is None:
+        return None
+    x, y, _ = next(common.eval_batches(scene.test, 8))
+    by_probability = scene.checkpoint["args"].get("score") == "prob"
+    rows = {"image": x}
+    for name, model in dict(teacher=scene.teacher, student=scene.model).items():
+        with common.model_mode(model, "eval"):
+            loss = true_probability if by_probability else true_logit
+            rows[name], _ = common.input_gradient(model, x, y, loss=loss)
+    cosine = torch.nn.functional.cosine_similarity(rows["teacher"].flatten(1),
+                                                   rows["student"].flatten(1))
+    figure, axes = plt.subplots(3, len(x), figsize=(1.4 * len(x), 5), layout="constrained",
+                                squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for ax, image in zip(line, images if name == "image" else map_pictures(images)):
+            show(ax, image)
+        line[0].set_ylabel(name)
+    for ax, value in zip(axes[2], cosine.tolist()):
+        ax.set_title(f"cosine {value:.2f}", fontsize=8)
+    figure.suptitle(f"{network_name(scene.checkpoint)}: saliency maps, eps "
+                    f"{trained_radius(scene.checkpoint)}")
+    return figure
 
 
 def draw_dra(plt, scene):
@@ -2156,7 +2214,8 @@ def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
         print("mean alignment {:.4f} (eq. 4), binarised {:.4f} (eq. 7), linearised robustness "
               "{:.4f} (eq. 6)".format(*means), f"of {len(look.labels)} images")
     if args.plots:
-        scene = Scene(model, checkpoint, look, curve, eps, args.seed, args.data_dir)
+        scene = Scene(model, checkpoint, look, curve, eps, args.seed, args.data_dir,
+                      teacher_beside(args, checkpoint, look.labels.device))
         paths = plots(args.plots, scene)
         print("figures:", *paths)
     return numbers, paths

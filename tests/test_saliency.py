@@ -504,6 +504,51 @@ def without_seconds(row):
     return {name: value for name, value in row.items() if name != "seconds"}
 
 
+@pytest.mark.parametrize("end", [".pt", ".align.pt", ".k80.pt"])
+def test_maps_of_teacher_and_student_are_drawn(whole, end):
+    """The gradients of the true class's probability, 0 in grey, and their cosine."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    path = whole.with_suffix(end)
+    args = evaluate.parse(["--ckpt", str(path)])
+    student, checkpoint = evaluate.open_checkpoint(args, "cpu")
+    teacher = evaluate.teacher_beside(args, checkpoint, "cpu")
+    test = evaluate.load_test(common.dataset_facts("digits"), "nowhere", 3, "cpu")
+    scene = evaluate.Scene(student, checkpoint, test, {}, 0.1, 0, "nowhere", teacher)
+    figure = evaluate.draw_maps(plt, scene)
+    maps = []
+    for network in (common.load_model(whole.with_suffix(".teacher.pt"))[0], student):
+        x = (test.images.float() / 255).requires_grad_(True)
+        chosen = network(x).softmax(1)[range(3), test.labels]
+        maps.append(torch.autograd.grad(chosen.sum(), x)[0])
+    shown = [ax.images[0].get_array() for ax in figure.axes]
+    for row, images in enumerate([test.images / 255, *maps]):
+        for image, picture in zip(images, shown[3 * row:3 * row + 3]):
+            wanted = image[0] if row == 0 else 0.5 + image[0] / (2 * image.abs().max())
+            np.testing.assert_allclose(picture, wanted, atol=1e-5)
+    cosines = F.cosine_similarity(maps[0].flatten(1), maps[1].flatten(1)).tolist()
+    assert [ax.get_title() for ax in figure.axes[6:]] == [f"{value:.2f}" for value in cosines]
+    plt.close(figure)
+
+
+def test_without_a_teacher_there_are_no_maps(whole, tmp_path, capsys):
+    """Nor are there of the teacher itself, nor with one of other data, which costs a line."""
+    def found(path):
+        args = evaluate.parse(["--ckpt", str(path)])
+        _, checkpoint = evaluate.open_checkpoint(args, "cpu")
+        return evaluate.teacher_beside(args, checkpoint, "cpu")
+    assert found(whole.with_suffix(".teacher.pt")) is None
+    (tmp_path / "run.pt").write_bytes(whole.read_bytes())
+    assert found(tmp_path / "run.pt") is None
+    scene = evaluate.Scene(None, None, None, None, 0.1, 0, "nowhere")
+    assert evaluate.draw_maps(None, scene) is None
+    other = load(whole.with_suffix(".teacher.pt"))
+    torch.save(dict(other, dataset="mnist"), tmp_path / "run.teacher.pt")
+    assert found(tmp_path / "run.pt") is None
+    assert "no maps of the teacher" in capsys.readouterr().out
+
+
 def test_losses_after_phase_1(whole):
     """Table 7: of student and teacher, once, on the clean images that they were trained on."""
     train, _ = common.load_train(common.dataset_facts("digits"), "nowhere", 40, 64, "cpu")
