@@ -1394,7 +1394,7 @@ class Scene(NamedTuple):
 
 
 def plots(directory, scene):
-    """Write the figures as PNG files; returns their paths."""
+    """Write the figures as PNG files, and say so; returns their paths."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1407,6 +1407,7 @@ def plots(directory, scene):
             common.write_beside(paths[-1],
                                 lambda file: figure.savefig(file, dpi=130, format="png"))
             plt.close(figure)
+    print("figures:", *paths)
     return paths
 
 
@@ -2217,7 +2218,6 @@ def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
         scene = Scene(model, checkpoint, look, curve, eps, args.seed, args.data_dir,
                       teacher_beside(args, checkpoint, look.labels.device))
         paths = plots(args.plots, scene)
-        print("figures:", *paths)
     return numbers, paths
 
 
