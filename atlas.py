@@ -143,7 +143,7 @@ def atlas_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1):
     """
     # CE(x') + alpha ||J(x')||^2 + beta KL(p(x') || p(x))
     x_adv = x_adv.detach().requires_grad_(alpha > 0)  # for the Jacobian
-    logits_adv = model(x_adv)
+    logits_adv = common.twice_differentiable(model, x_adv)
     ce = common.cross_entropy(logits_adv, y).mean()
     terms = dict(loss=ce, ce=ce)
     if alpha:
@@ -176,7 +176,7 @@ def trades_loss(model, x, x_adv, y, beta, eps_ratio=1.0):
 def jac_loss(model, x, y, alpha, projections=1):
     """Zero-step JAC: CE(x) + alpha ||J(x)||^2."""
     x = x.detach().requires_grad_(True)
-    logits = model(x)
+    logits = common.twice_differentiable(model, x)
     ce = common.cross_entropy(logits, y).mean()
     jacobian = squared_jacobian_norm(logits, x, projections).mean()
     return dict(loss=ce + alpha * jacobian, ce=ce, jacobian=jacobian)
@@ -188,7 +188,7 @@ def tradesjac_loss(model, x, x_adv, y, alpha, beta, eps_ratio=1.0, projections=1
     x_adv: x' of `kl_attack`.
     """
     x = x.detach().requires_grad_(True)
-    logits = model(x)
+    logits = common.twice_differentiable(model, x)
     ce = common.cross_entropy(logits, y).mean()
     jacobian = squared_jacobian_norm(logits, x, projections).mean()
     kl = common.kl(model(x_adv), reference=logits).mean()

@@ -161,13 +161,14 @@ def student_pass(model, x, y, map_mode):
     "eval": a second pass, with BatchNorm in eval mode, is for the maps.
     """
     x = x.detach().requires_grad_(True)
-    logits = model(x)
-    ce_each = common.cross_entropy(logits, y)
     if map_mode == "train":
+        logits = common.twice_differentiable(model, x)
+        ce_each = common.cross_entropy(logits, y)
         return ce_each.mean(), x, logits, ce_each
+    ce = common.cross_entropy(model(x), y).mean()
     with common.model_mode(model, "eval"):
         map_logits = model(x)
-    return ce_each.mean(), x, map_logits, common.cross_entropy(map_logits, y)
+    return ce, x, map_logits, common.cross_entropy(map_logits, y)
 
 
 def match(discriminator, j_s, j_t, beta, gamma, scale):
