@@ -282,6 +282,8 @@ def training_flags(flag, notes):
          "dropout while a training attack runs (%(default)s)")
     flag("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of "
          "training; auto: bfloat16 where the hardware computes in it (%(default)s)")
+    flag("--tf32", action="store_true", help="let a GPU use TF32 where it computes in float32: "
+         "faster, and coarser")
     flag("--seed", type=natural, default=0, help="seed of everything random but the choice of "
          "--val and --limit (%(default)s)")
 
@@ -478,18 +480,22 @@ def ranks():
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def set_up(device="auto", precision="auto", parallel=True):
-    """(torch.device, "float32" or "bfloat16"), with auto resolved. float32 means: TF32 is off.
+def set_up(device="auto", precision="auto", parallel=True, tf32=False):
+    """(torch.device, "float32" or "bfloat16"), with auto resolved.
 
     Under torchrun the processes are joined here: each gets the GPU of its number, and only the
-    first prints. parallel: whether the script can run as several processes.
+    first prints. parallel: whether the script can run as several processes, as those that train.
+    tf32: whether a GPU may round what float32 convolutions and products take to 10 bits.
     """
     rank, size = ranks()
     if size > 1 and not parallel:
         raise UsageError("this script runs as one process: use python instead of torchrun")
     device = open_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    if tf32 and device.type != "cuda":
+        raise UsageError(f"--tf32 is for NVIDIA GPUs, the device is {device}")
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = parallel  # pays where batches have one size: in training
     if precision == "auto":
         precision = "bfloat16" if computes_in_bfloat16(device) else "float32"
     if size > 1:
@@ -517,7 +523,13 @@ def open_device(name):
 
 
 def computes_in_bfloat16(device):
-    """Whether bfloat16 is fast on a device; elsewhere it is emulated and slow."""
+    """The rule of --precision auto: by the processor alone, nothing is tried out.
+
+    bfloat16 on a GPU that has it, and on a CPU with AMX or AVX512-BF16; elsewhere it is emulated
+    and slow. Network and batch do not matter where we measured, with AVX512-BF16 and one thread: a
+    step of PGD training is 1.5 to 2.3 times faster with LeNet+, WRN-16-2 and ResNet-18 at batches
+    of 8 to 128; with cnn-small 1.2 to 1.3 times at 32 and 128, and as fast as float32 at 8.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # the CPU's, or as told

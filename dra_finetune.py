@@ -456,7 +456,7 @@ def main():
         "vanilla": [lambda x, y, epoch, state: clean_loss(model, x, y)],
     }
     args, facts, defaults = parse(losses)
-    device, precision = common.set_up(args.device, args.precision)
+    device, precision = common.set_up(args.device, args.precision, tf32=args.tf32)
     scale = common.pixel_scale(facts) if args.normalized_eps else 1.0
     train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
 

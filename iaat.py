@@ -408,7 +408,7 @@ def main():
         "clean": lambda x, y, memory: clean_loss(model, x, y),
     }
     args, facts, defaults = parse(losses)
-    device, precision = common.set_up(args.device, args.precision)
+    device, precision = common.set_up(args.device, args.precision, tf32=args.tf32)
     train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
 
     common.seed_stream(args.seed, "init")

@@ -402,7 +402,7 @@ def main():
             args.rfgsm_alpha if args.r3_noise else 0.0, args.ce_all, args.attack_mode),
     }
     args, facts, defaults = parse(losses)
-    device, precision = common.set_up(args.device, args.precision)
+    device, precision = common.set_up(args.device, args.precision, tf32=args.tf32)
     train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
     probe = next(common.eval_batches(val)) if args.val else None  # images to watch masking on
 

@@ -614,7 +614,7 @@ def main():
     losses = {"curriculum": [nt, align, curriculum], "align": [nt, align], "nt": [nt]}
     args, facts, defaults = parse(losses)
     plan = student_plan(args, losses[args.method])
-    device, precision = common.set_up(args.device, args.precision)
+    device, precision = common.set_up(args.device, args.precision, tf32=args.tf32)
     train, val = common.load_train(facts, args.data_dir, args.val, args.limit, device, args.workers)
     common.seed_stream(args.seed, "init")
     model = common.build_model(args.model, facts, args.normalize, device)

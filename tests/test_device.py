@@ -1,11 +1,17 @@
-"""What speed asks of the losses: a BatchNorm that is fast to differentiate twice."""
+"""What speed and GPUs ask of the losses.
+
+A BatchNorm that is fast to differentiate twice, and steps that read nothing back from the device.
+"""
 
 import pytest
 import torch
 from torch import nn
 
 import atlas
+import benchmark
 import common
+import dra_finetune
+import iaat
 import teacher_saliency
 from conftest import check_slopes, plain
 
@@ -97,3 +103,86 @@ def test_losses_with_batchnorm_by_finite_differences(name, monkeypatch):
                         staticmethod(lambda *grads: calls.append(1) or ours(*grads)))
     check_slopes(model, terms, rel=1e-4)
     assert calls
+
+
+# --------------------------------------------------------------- every loss, attack and batch
+
+META = torch.device("meta")
+
+# Where a step reads from the device, or its work depends on what it finds there: IAAT attacks the
+# images that are classified correctly, and stops where none is left.
+READS_BACK = {"iaat-warm"}
+
+
+def on_meta(batch=6):
+    """(facts, network, a second one in eval mode, images, labels): shapes without values."""
+    facts = common.dataset_facts("cifar10")
+    networks = [common.build_model("wrn-10-1", facts).to(META) for _ in range(2)]
+    x = torch.empty(batch, *facts["shape"], device=META)
+    y = torch.zeros(batch, dtype=torch.int64, device=META)
+    return facts, networks[0].train(), networks[1].eval().requires_grad_(False), x, y
+
+
+@pytest.mark.parametrize("name", benchmark.methods(*on_meta()[1:3], on_meta()[0]))
+def test_a_step_reads_nothing_back(name):
+    """On the meta device a read-back, a branch on a value and a mixture of devices all fail."""
+    facts, model, other, x, y = on_meta()
+    _, loss = benchmark.methods(model, other, facts)[name]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+
+    def step():
+        terms = loss(x, y)
+        assert all(term.device == META for term in terms.values())
+        common.update(optimizer, terms["loss"], len(x))
+        assert all(p.grad.device == META for p in model.parameters())
+    if name in READS_BACK:
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            step()
+    else:
+        step()
+
+
+ATTACKS = {
+    "fgsm": lambda model, x, y: common.fgsm(model, x, y, 0.1),
+    "rfgsm": lambda model, x, y: common.rfgsm(model, x, y, 0.1, 0.05),
+    "ifgsm": lambda model, x, y: common.ifgsm(model, x, y, 0.1, 2),
+    "pgd": lambda model, x, y: common.pgd(model, x, y, torch.rand(len(x), device=META), 0.1, 2),
+    "targeted": lambda model, x, y: common.pgd(model, x, y, 0.1, 0.1, 2, targeted=True),
+    "margin": lambda model, x, y: common.pgd(model, x, y, 0.1, 0.1, 2, loss=common.margin),
+    "mi_fgsm": lambda model, x, y: common.mi_fgsm(model, x, y, 0.1, 2),
+    "iaat": lambda model, x, y: iaat.fixed_pgd(model, x, y, 0.1, 0.1, 2, target_classes=10),
+    "dra": lambda model, x, y: dra_finetune.dra_attack(model, x, y, 0.1, 2, 0.1, linf=0.2),
+    "dra, pgd": lambda model, x, y: dra_finetune.attack(model, x, y, 0.1, "pgd", 2, 0.1),
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_reads_nothing_back(name, mode):
+    _, model, _, x, y = on_meta()
+    x_adv = ATTACKS[name](model.train(mode == "train"), x, y)
+    assert x_adv.device == META and x_adv.shape == x.shape
+
+
+@pytest.mark.parametrize("augment", common.AUGMENTATIONS)
+def test_a_batch_reads_nothing_back(augment):
+    images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8, device=META)
+    positions = torch.zeros(10, dtype=torch.int64, device=META)
+    split = common.Split(images, positions, positions)
+    batches = list(common.train_batches(split, 4, 0, 0, augment))
+    assert [len(x) for x, _, _ in batches] == [4, 4, 2]
+    assert {tensor.device for batch in batches for tensor in batch} == {META}
+
+
+def test_a_read_back_is_noticed():
+    """What the tests above rest on."""
+    x = torch.zeros(3, device=META)
+    for read in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: x.cpu(),
+                 lambda: x + torch.zeros(3)):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            read()
+
+
+def test_tf32_is_for_gpus():
+    with pytest.raises(common.UsageError, match="--tf32"):
+        common.set_up("cpu", tf32=True)
