@@ -8,7 +8,7 @@ at the clean image (global). Eq. 12, with x' in the eps-ball around x:
     python atlas.py --steps 1 --alpha 2e-4 --beta 5    # the paper's one-step ATLAS, CIFAR-10
     python atlas.py --dataset digits                   # bundled real digits, a minute on a CPU
 
-Measured: see results/.
+Measured: results/atlas.md.
 """
 
 import argparse

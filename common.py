@@ -249,7 +249,7 @@ def data_flags(flag, dataset):
     flag("--dataset", default=dataset, help=f"{', '.join(DATASETS)}, or NAME for your own "
          "{data-dir}/NAME.npz (%(default)s)")
     flag("--data-dir", default="data", help="folder that holds NAME.npz, or ImageNet's images as "
-         "imagenet/train/CLASS/NAME.JPEG and imagenet/val (%(default)s)")
+         "imagenet/train/CLASS/NAME.JPEG and imagenet/val, or tiny-imagenet-200 (%(default)s)")
     flag("--classes", type=several(0, least=2), help="train on these classes only, as in 0,1,6 "
          "(all)")
     flag("--limit", type=count, help="train and validate on a fixed random subset of N images "

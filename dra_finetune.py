@@ -10,7 +10,7 @@ the most salient values only (algorithm 1).
     python dra_finetune.py --init vanilla.pt      # the second phase, from a --method vanilla
     python dra_finetune.py --dataset digits       # bundled real digits, a minute on a CPU
 
-Measured: see results/.
+Measured: results/dra.md.
 """
 
 import argparse

@@ -48,7 +48,7 @@ SAT_RX_COLOUR = dict(SAT_RX, attacks="clean,fgsm,ifgsm-20,pgd-20,pgd-cw-20",
                      transfer="fgsm,mi-fgsm-20")
 ATLAS = dict(PLAN, transfer="pgd-1000", step=0.007,
              few={"rays-40000": (1000, 200), "aa": (0, 500)})
-# The paper prints no step for un and multi. At 0.003 their numbers come out (see results/).
+# The paper prints no step for un and multi: un also at 0.003.
 ATLAS_MNIST = dict(
     ATLAS, step=0.01, attacks="clean,pgd-20,pgd-1000,un-50x20,multi-50x20,un-50x20@0.003",
     few={"pgd-1000": (0, 500), "un-50x20": (0, 500), "multi-50x20": (0, 200),
@@ -175,8 +175,8 @@ def report_flags(flag):
 
 
 def file_flags(flag):
-    flag("--data-dir", default="data", help="folder that holds NAME.npz, imagenet/val, CIFAR-10-C "
-         "... (%(default)s)")
+    flag("--data-dir", default="data", help="folder that holds NAME.npz, imagenet/val, "
+         "ImageNet-C, CIFAR-10-C ... (%(default)s)")
     flag("--record", metavar="FILE.json", help="where outcomes, facts of samples and transfer "
          "images go (beside --ckpt; of a checkpoint in results/weights nothing is kept)")
     flag("--overwrite", action="store_true", help="replace the files of --results, --export and "

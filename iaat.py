@@ -10,7 +10,7 @@ where PGD does (algorithm 2). Eq. 2, solved as adversarial training is (algorith
     python iaat.py --dataset digits    # bundled real digits, a minute on a CPU
     torchrun --nproc-per-node 8 iaat.py --dataset imagenet --data-dir /data
 
-Measured: see results/.
+Measured: results/iaat.md.
 """
 
 import argparse

@@ -12,7 +12,7 @@ several steps), on k images of a batch. R-FGSM is FGSM after a random step. g: t
     python sat_rx.py --method r1 --dataset mnist --epochs 5 --schedule-epochs 20 --ckpt r1.pt
     python sat_rx.py --method r3 --dataset mnist --epochs 15 --schedule-start 5 --init r1.pt
 
-The last two are SAT-R1 + SAT-R3 of table 9, two parts of one schedule. Measured: see results/.
+The last two are SAT-R1 + SAT-R3 of table 9, two parts of one schedule. Measured: results/sat_rx.md.
 """
 
 import math

@@ -10,7 +10,7 @@ teacher's map, k falling (eq. 16). A distance and a discriminator compare the ma
     python teacher_saliency.py --teacher at.pt     # the teacher is at hand
     python teacher_saliency.py --dataset digits    # bundled real digits, minutes on a CPU
 
-Measured: see results/.
+Measured: results/saliency.md.
 """
 
 import argparse

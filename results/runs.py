@@ -123,7 +123,7 @@ def asked(column, dataset, step=None, start="ball"):
     """(Attack, surrogate's label or "") of a column's name, as evaluate.py would run it."""
     head, at, tail = column.rpartition("@")
     surrogate = tail if at and not re.fullmatch(r"[\d./e:-]+", tail) else ""
-    facts = dict(common.DATASETS.get(dataset, common.CIFAR10), name=dataset)
+    facts = dict(common.DATASETS.get(dataset, common.CIFAR10), name=dataset, chosen=None)
     attacks = evaluate.parse_attacks(head if surrogate else column, facts, facts["eps"],
                                      step=step, start=start)
     return attacks[0], surrogate
