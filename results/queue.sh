@@ -33,6 +33,18 @@ publish() {  # RESULT NAME FLAGS...: the last evaluation for results/RESULT.json
   if [ -e "$out/$1.json" ]; then cp "$out/$1.json" "results/$1.json"; fi
 }
 
+keep() {  # NAME FLAGS...: its last weights in float16 in results/weights/, judged as they are
+  local name=$1
+  shift
+  if [ ! -e "$out/$name.done" ] || [ -n "${MORE:-}" ]; then return; fi
+  if [ ! -e "$out/$name.half.done" ] && in_clone "$judge" "$name.eval" evaluate.py \
+    --ckpt "runs/$name.pt" --weights last --export "runs/$name.half.pt" --overwrite; then
+    touch "$out/$name.half.done"
+  fi
+  publish "$name" "$name.half" "$@"
+  if [ -e "results/$name.json" ]; then cp "$out/$name.half.pt" "results/weights/$name.pt"; fi
+}
+
 in_clone() {  # COMMIT NAME COMMAND...: by python, in the code of a commit; its log is NAME.log
   local name=$2 state=CONT code
   code=$(clone "$1")

@@ -383,7 +383,7 @@ class Unsafe:
 
 
 @pytest.mark.parametrize("content, named", [
-    (b"", "damaged"),
+    (b"", "is empty"),
     (bytes(range(256)) * 20, "not a checkpoint"),
     ("truncated", "damaged"),
     (Unsafe(), "would run code"),
@@ -840,7 +840,7 @@ def test_help_shows_the_values_that_will_be_used(script, capsys):
     assert "(lenet+)" in text
     assert "None" not in text
     if script == "dra_finetune":
-        assert "the mean change per value (0.1; madry, trades: 0.3)" in text
+        assert "the mean change per value (0.1; madry, trades, mart: 0.3)" in text
     else:
         assert "mean change" not in text and "8/255 or 0.031" in text and "(0.3)" in text
 

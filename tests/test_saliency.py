@@ -528,7 +528,8 @@ def test_maps_of_teacher_and_student_are_drawn(whole, end):
             wanted = image[0] if row == 0 else 0.5 + image[0] / (2 * image.abs().max())
             np.testing.assert_allclose(picture, wanted, atol=1e-5)
     cosines = F.cosine_similarity(maps[0].flatten(1), maps[1].flatten(1)).tolist()
-    assert [ax.get_title() for ax in figure.axes[6:]] == [f"{value:.2f}" for value in cosines]
+    assert [ax.get_title() for ax in figure.axes[6:]] == [
+        f"cosine {value:.2f}" for value in cosines]
     plt.close(figure)
 
 
