@@ -9,7 +9,8 @@ set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") what=$3
 shift 3
 cd "$(dirname "$0")/.."
-commit=5fe4c55
+commit=4790eb3
+judge=4790eb3
 source results/queue.sh
 budget="--dataset cifar10 --model wrn-16-2 --normalize none --val 1000
   --batch-size 128 --momentum 0.9 --weight-decay 5e-4 --eps 8/255 --schedule onecycle
@@ -51,5 +52,6 @@ else
   ten="--lr $lr --epochs 10"
   for name in ${*:-nt fgsm-at adv pgd-at r2 r3 atlas iaat r1 dra align saliency}; do
     row "$name"
+    keep "cifar10-$name" --protocol table --sanity --baseline runs/cifar10-nt.pt
   done
 fi
