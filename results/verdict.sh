@@ -31,7 +31,7 @@ cifar="--dataset cifar10 --model cnn-small --normalize none --batch-size 128 --l
 ten="--attack-steps 10 --step-size 0.06"
 network nt $mnist --method nt --epochs 5
 network fgsm-at $mnist --method fgsm-at --epochs 20
-network pgd-at $mnist --method pgd-at $ten --epochs 5
+network pgd-at $mnist --method pgd-at $ten --lr 0.05 --epochs 5
 network trades $mnist --method trades $ten --epochs 8
 network r1-1 $mnist --method r1 --lam 0 --ce-all --attack-steps 10 --epochs 5
 network cifar-nt $cifar --method nt --epochs 10
