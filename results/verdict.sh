@@ -7,7 +7,7 @@ set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2")
 cd "$(dirname "$0")/.."
 commit=ed1cb6f
-judge=4790eb3
+judge=f478dd8
 source results/queue.sh
 
 network() {  # NAME FLAGS...: trained with sat_rx.py
