@@ -31,8 +31,9 @@ cifar="--dataset cifar10 --model cnn-small --normalize none --batch-size 128 --l
 ten="--attack-steps 10 --step-size 0.06"
 network nt $mnist --method nt --epochs 5
 network fgsm-at $mnist --method fgsm-at --epochs 20
-network pgd-at $mnist --method pgd-at $ten --lr 0.05 --epochs 5
 network trades $mnist --method trades $ten --epochs 8
+# From scratch PGD-AT of cnn-small stays at chance for its first epochs.
+network pgd-at $mnist --method pgd-at $ten --epochs 3 --init runs/verdict-trades.pt
 network r1-1 $mnist --method r1 --lam 0 --ce-all --attack-steps 10 --epochs 5
 network cifar-nt $cifar --method nt --epochs 10
 network cifar-fgsm-at $cifar --method fgsm-at --epochs 20
