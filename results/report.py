@@ -110,13 +110,13 @@ def main_table(groups, claims, prefix="results/"):
         return [name, method(group[0]), trained_on(group)]
 
     def last(group):
-        return [" ".join(f"[{seed(network)}]({prefix}{network.names[0]}.json)"
-                         for network in group)]
+        return [links(group, prefix)]
     heads, rows = numbers_table(chosen, ["clean", "pgd-20", "aa", "minutes"], first, last)
     eps = common.shown(common.DATASETS[dataset]["eps"])
     text = (f"{NAMES[dataset]}, L-infinity, eps {eps}. Accuracy in % on n test images, ± the "
             "deviation over seeds, in brackets the 95 % interval from the number of images. The "
-            "last column names the seeds and links their JSON.")
+            "last column names the seeds and links their JSON. This is no ranking: rows differ in "
+            "network, images, epochs and learning rate. The pages compare like with like.")
     return text + "\n\n" + table(["script", "method", "network", *heads, "JSON"], rows)
 
 
