@@ -907,10 +907,9 @@ def held_in_memory(facts, data_dir, split):
     else:
         path = Path(data_dir) / f"{name}.npz"
         with first_process_first():
-            if name == "tinyimagenet" and not path.exists():
-                pack_tinyimagenet(path)
-            elif name in DATASETS and not path.exists():
-                download(name, path)
+            if name in DATASETS and not path.exists():
+                make = pack_tinyimagenet if name == "tinyimagenet" else download
+                make(name, path)
         images, labels = read_npz(path, split)
         channels, height, width = facts["shape"]
         if images.shape[1:] != (height, width, channels):
@@ -1018,15 +1017,15 @@ def download(name, path):
                          "NHWC), train_labels, test_labels (int64)")
 
 
-def pack_tinyimagenet(path):
-    """Write tinyimagenet.npz once, as `download` does, from tiny-imagenet-200 beside it.
+def pack_tinyimagenet(name, path):
+    """Write {name}.npz once, as `download` does, from tiny-imagenet-200 beside it.
 
     That folder is the archive as downloaded. Classes are numbered by the order of their names. The
     test split is the archive's validation images, in the order of val_annotations.txt: the labels
     of its test images are not public. Grey images become RGB.
     """
     folder = path.parent / "tiny-imagenet-200"
-    facts = DATASETS["tinyimagenet"]
+    facts = DATASETS[name]
     print(f"{path} is missing: reading {folder}", flush=True)
     try:
         names = sorted((folder / "wnids.txt").read_text().split())
@@ -1605,13 +1604,16 @@ def twice_differentiable(model, x):
         return model(x)
 
 
+BATCH_NORM = inspect.signature(F.batch_norm)
+
+
 class FastBatchNorm(torch.overrides.TorchFunctionMode):
     """Inside it, BatchNorm with weights in train mode is `BatchNorm`, in any network."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.batch_norm:
-            call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
+            call = BATCH_NORM.bind(*args, **kwargs)
             call.apply_defaults()
             x, running_mean, running_var, weight, bias, training, momentum, eps = call.args
             if training and weight is not None and bias is not None and len(x) > 1:
@@ -2010,6 +2012,15 @@ def copy_of_weights(net):
     """A network's state_dict on the CPU; what is no tensor (get_extra_state) stays as it is."""
     return {name: value.detach().cpu().clone() if torch.is_tensor(value) else value
             for name, value in net.state_dict().items()}
+
+
+def teacher_beside(path):
+    """The path of run.teacher.pt beside run.pt, run.align.pt or run.k50.pt; None without it."""
+    path = Path(path)
+    names = [path.stem, Path(path.stem).stem]
+    found = [path.with_name(f"{name}.teacher.pt") for name in names]
+    found = [str(teacher) for teacher in found if teacher.exists()]
+    return found[0] if found else None
 
 
 # Where files keep a state_dict, the first that fits is taken. Names that are not here come last.

@@ -1203,8 +1203,11 @@ def black_box(model, test, facts, eps, seed):
     return held
 
 
-def dead_flags(model, test, batch_size):
-    """Which images have a cross-entropy whose gradient is zero or not finite, bool (N,)."""
+def dead_gradients(model, test, batch_size):
+    """Which images have a cross-entropy whose gradient is zero or not finite, bool (N,).
+
+    Attacks are blind there.
+    """
     dead = []
     with common.model_mode(model, "eval"):
         for x, y, _ in common.eval_batches(test, batch_size):
@@ -1213,19 +1216,15 @@ def dead_flags(model, test, batch_size):
     return torch.cat(dead).cpu().numpy()
 
 
-def dead_gradients(model, test, batch_size):
-    """The share of images whose gradient is zero or not finite: attacks are blind there."""
-    return float(dead_flags(model, test, batch_size).mean())
-
-
-def held_without_gradient(model, test, facts, eps, batch_size, seed, stop=True):
+def held_without_gradient(dead, model, test, facts, eps, batch_size, seed, stop=True):
     """The share of images that have a dead gradient and hold under PGD-40: perhaps unattacked.
 
+    dead: of `dead_gradients`.
     A sure network has dead gradients, too; from a random start PGD breaks it all the same.
     """
     attack, = parse_attacks("pgd-40", facts, eps, seed=seed)
     held = evaluate(model, test, attack, batch_size, stop=stop)[:, 0] == 1
-    return float((dead_flags(model, test, batch_size) & held).mean())
+    return float((dead & held).mean())
 
 
 def percent(*shares):
@@ -1546,15 +1545,14 @@ def name_prediction(ax, predicted, label):
 
 
 def teacher_beside(args, checkpoint, device):
-    """The network in run.teacher.pt beside run.pt, run.align.pt or run.k50.pt; None without it."""
-    path = Path(common.path_and_model(args.ckpt)[0])
-    stems = (path.with_suffix(""), path.with_suffix("").with_suffix(""))
-    found = [f"{stem}.teacher.pt" for stem in stems if Path(f"{stem}.teacher.pt").exists()]
-    if not found or path.name.endswith(".teacher.pt"):
+    """The network of common.teacher_beside; None without it, and beside a teacher."""
+    path, _ = common.path_and_model(args.ckpt)
+    found = common.teacher_beside(path)
+    if not found or path.endswith(".teacher.pt"):
         return None
     try:
         facts = common.checkpoint_facts(checkpoint)
-        return common.load_model(found[0], device=device, facts=facts,
+        return common.load_model(found, device=device, facts=facts,
                                  architecture=asked_model(args))[0]
     except common.UsageError as error:
         print(f"no maps of the teacher: {error}")
@@ -2191,20 +2189,20 @@ def print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline):
     classifier = getattr(model, "model", model)
     batch_size = batch_without_leftover(len(look.labels), args.batch_size)
     stop = not (nature.randomised or nature.batch_dependent or args.bn_mode == "train")
-    numbers = dict(dead_gradients=dead_gradients(model, look, batch_size))
+    dead = dead_gradients(model, look, batch_size)
+    numbers = dict(dead_gradients=float(dead.mean()))
     paths = []
     print(f"images with a zero or non-finite gradient: {percent(numbers['dead_gradients'])} %")
-    curve = None
     if args.sanity or args.plots:
         curve = curves(model, look, facts, eps, batch_size, args.seed, stop, bool(args.plots))
     if args.sanity:
-        unattacked = held_without_gradient(model, look, facts, eps, batch_size, args.seed, stop)
+        held = held_without_gradient(dead, model, look, facts, eps, batch_size, args.seed, stop)
         if stop:
             curve["black_box"] = black_box(model, look, facts, eps, args.seed)
         above = None
         if baseline:
             above = curve_of(baseline, look, facts, "fgsm", [eps], batch_size, 0)[0][0]
-        findings = sanity(curve, unattacked, nature, eps, outcomes, above)
+        findings = sanity(curve, held, nature, eps, outcomes, above)
         numbers["verdict"] = print_verdict(findings, nature)
         numbers["sanity_failures"] = sum(finding.passed is False for finding in findings)
         numbers["findings"] = [finding._asdict() for finding in findings]

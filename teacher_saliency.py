@@ -410,8 +410,8 @@ def train_epochs(run, args, plan, rate, model, discriminators, optimizer, train,
         if names[0] == "align" and names[1:] != ["align"]:
             with common.autocast(train.labels.device, run.precision):
                 row |= losses_after_phase_1(model, teacher, train, row["train/diff"])
-        state = {name: value.cpu().clone() for name, value in discriminators.state_dict().items()}
-        run.finish_epoch(model, optimizer, row, method_state=dict(discriminators=state))
+        state = dict(discriminators=common.copy_of_weights(discriminators))
+        run.finish_epoch(model, optimizer, row, method_state=state)
     keep_stage(run, plan[-1])
     run.close()
 
@@ -483,15 +483,6 @@ def get_teacher(args, defaults, facts, precision, path, train, val):
     return teacher.eval().requires_grad_(False)
 
 
-def teacher_beside(init):
-    """run.teacher.pt where --init is run.pt, run.align.pt or run.k50.pt; None where it is not."""
-    path = Path(init)
-    names = [path.stem, Path(path.stem).stem]
-    found = [path.with_name(f"{name}.teacher.pt") for name in names]
-    found = [str(teacher) for teacher in found if teacher.exists()]
-    return found[0] if found else None
-
-
 # -------------------------------------------------------------------------------- flags and loop
 
 def settings(flags, facts):
@@ -517,7 +508,7 @@ def parse(losses, argv=None):
     teacher_flags(parser.add_argument_group("teacher").add_argument)
     args, facts, defaults, given = common.parse_flags(parser, argv, settings, losses)
     if args.init and not args.teacher and args.method != "nt":
-        args.teacher = teacher_beside(args.init)
+        args.teacher = common.teacher_beside(args.init)
     check(args, given)
     return args, facts, defaults
 

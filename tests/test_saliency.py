@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+import benchmark
 import common
 import evaluate
 import sat_rx
@@ -388,18 +387,6 @@ def test_flags_that_contradict_each_other_are_refused(words):
         flags_of(saliency, *words)
 
 
-class MultiplyAdds(TorchDispatchMode):
-    """Counts what convolutions and matrix products take."""
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function._overloadpacket)
-        if count:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def test_cost():
     """The unit is one pass forward and backward to the image.
 
@@ -419,13 +406,11 @@ def test_cost():
              lambda: saliency.curriculum_loss(model, teacher, cheap, cheap, x, y, 50, *options,
                                               "negated"),
              lambda: saliency.pgd_at_loss(model, x, y, 0.1, 0.03, 7)]
-    with MultiplyAdds() as one:
-        common.input_gradient(model, x, y)
+    one, _ = benchmark.operations(lambda: common.input_gradient(model, x, y))
     passes = []
     for step in steps:
-        with MultiplyAdds() as count:
-            step()[0]["loss"].backward()
-        passes.append(count.total / one.total)
+        count, _ = benchmark.operations(lambda: step()[0]["loss"].backward())
+        passes.append(count / one)
     assert passes == [pytest.approx(wanted, abs=0.51) for wanted in (4, 6, 8)]
 
 
