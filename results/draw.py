@@ -44,7 +44,8 @@ def methods(groups):
     dataset, chosen = main_groups(groups)
     lines = []
     for group in chosen.values():
-        clean, aa = number(group, "clean"), number(group, "aa")
+        clean = number(group, "clean")
+        aa = number(group, "aa")
         if not clean:
             continue
         script = group[0].facts["script"]
@@ -76,7 +77,8 @@ def overfitting(groups):
         network = first_with(group, weak)
         keys = sorted({key for row in network.facts["history"] for key in row})
         strong = next((key for key in keys if key.startswith("val/pgd")), "val/robust")
-        (epochs, pgd), (same, fgsm) = history(network, strong), history(network, weak)
+        epochs, pgd = history(network, strong)
+        same, fgsm = history(network, weak)
         if not epochs or epochs != same:
             continue
         lines = [dict(label="FGSM" if weak == "val/fgsm" else "one step", x=epochs,
@@ -127,7 +129,8 @@ def tradeoff(groups):
         return None
     points = []
     for group in chosen:
-        x, y = number(group, column), number(group, "clean")
+        x = number(group, column)
+        y = number(group, "clean")
         if x and y:
             eps = common.shown(group[0].facts["args"]["eps"])
             points.append((method(group[0]), label(group), eps, x, y))
@@ -153,7 +156,8 @@ def transfer(groups):
     found = {}
     for group in own:
         for column in ("pgd-20", "pgd-100", "mi-fgsm-40", "fgsm"):
-            x, y = number(group, column), number(group, f"{column}@surrogate")
+            x = number(group, column)
+            y = number(group, f"{column}@surrogate")
             if x and y:
                 line = dict(label=f"{label(group)}, {column.upper()}", x=[x.mean], y=[y.mean],
                             colour=3 if method(group[0]) == "finetune" else 7, style="o",
@@ -266,7 +270,8 @@ def save(path, figure):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    count, columns = len(figure["panels"]), figure["columns"]
+    count = len(figure["panels"])
+    columns = figure["columns"]
     rows = -(-count // columns)
     height = 5.5 if count == 1 else 2.6 * rows + 0.8
     picture, axes = plt.subplots(rows, columns, figsize=(8, height), squeeze=False,

@@ -333,7 +333,8 @@ def index(groups, claims, folder):
             for name in network.names:
                 facts = json.loads((folder / f"{name}.json").read_text())
                 columns = dict.fromkeys(name_of(outcome) for outcome in facts["outcomes"])
-                training, evaluation = facts["training"], facts["evaluation"]
+                training = facts["training"]
+                evaluation = facts["evaluation"]
                 weights = f"weights/{name}.pt"
                 kept = f" [Weights]({weights})." if (folder / weights).exists() else ""
                 lines += [f"**[{name}]({name}.json)**: {facts['script']}, {method(network)}, "
@@ -354,7 +355,8 @@ def index(groups, claims, folder):
 
 def between(text, mark, content):
     """text with what stands between two markers replaced; None where it has no such markers."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    begin = f"<!-- {mark}: begin -->"
+    end = f"<!-- {mark}: end -->"
     if begin not in text or end not in text:
         return None
     head, _, rest = text.partition(begin)

@@ -81,7 +81,8 @@ def same_method(a, b):
     """Whether two networks may be seeds of one method. Flags that only one knows do not count."""
     if any(a.facts[what] != b.facts[what] for what in ("script", "model", "dataset")):
         return False
-    one, other = a.facts["args"], b.facts["args"]
+    one = a.facts["args"]
+    other = b.facts["args"]
     if stage(a) != stage(b) or any(bool(one.get(path)) != bool(other.get(path)) for path in PATHS):
         return False
     flags = set(one) & set(other) - {*PATHS, *MACHINE}
@@ -267,9 +268,11 @@ def interval(method, control, times):
     seeds = seeds_part(method, control, times)
     below = math.hypot(method.mean - method.low, times * (control.high - control.mean), seeds)
     above = math.hypot(method.high - method.mean, times * (control.mean - control.low), seeds)
-    low, high = difference - below, difference + above
+    low = difference - below
+    high = difference + above
     if method.n:  # accuracies
-        low, high = max(low, -100.0), min(high, 100.0)
+        low = max(low, -100.0)
+        high = min(high, 100.0)
     return low, high
 
 

@@ -59,5 +59,5 @@ def winners():
     def keep(x):
         flat = x.flatten(1)
         least = flat.topk(flat.shape[1] // 10, dim=1).values[:, -1:]
-        return (flat * (flat >= least)).view_as(x)
+        return torch.where(flat >= least, flat, 0).view_as(x)
     return Layers(before=keep)

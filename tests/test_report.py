@@ -269,7 +269,8 @@ def test_the_pages_of_this_repository_are_those_of_its_json(capsys):
 def test_each_number_of_a_page_is_measured_again_by_the_command_beside_it():
     """The commands' attacks, images and start are those of the outcomes, none is missing."""
     for network in runs.load(RESULTS):
-        facts = dict(common.DATASETS[network.facts["dataset"]], name=network.facts["dataset"], chosen=None)
+        dataset = network.facts["dataset"]
+        facts = dict(common.DATASETS[dataset], name=dataset, chosen=None)
         budgets = set()
         for command in report.commands(network):
             args = evaluate.parse(shlex.split(command)[2:])
