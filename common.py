@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -1344,6 +1345,9 @@ def cnn_small(channels, height, width, classes):
         nn.Linear(100, classes))
 
 
+code_of = {}  # a user's network, "path/to/file.py:function" -> sha256 of the files that built it
+
+
 def imported_net(name, classes):
     """The network that a user's function returns, "path/to/file.py:function".
 
@@ -1353,12 +1357,13 @@ def imported_net(name, classes):
     """
     path, _, function = name.rpartition(":")
     try:
-        with as_from_folder(path) as package:
+        with as_from_folder(path) as (package, before):
             module = imported_file(path, package)
             if not hasattr(module, function):
                 raise AttributeError(f"{Path(path).name} has no {function!r}")
             make = getattr(module, function)
             net = make if isinstance(make, nn.Module) else made_net(make, classes)
+            code_of[name] = code_sha256(path, package, before)
     except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
     if not isinstance(net, nn.Module):
@@ -1386,6 +1391,20 @@ def made_net(make, classes):
     return make(num_classes=classes) if takes_classes else make()
 
 
+def code_sha256(path, package, before):
+    """sha256 over a user's file and over the neighbours that it imported.
+
+    package, before: of `as_from_folder`.
+    """
+    file = Path(path).resolve()
+    files = {file}
+    for name, module in list(sys.modules.items()):
+        is_theirs = name not in before or name.startswith(package)
+        if is_theirs and lies_in(module, file.parent):
+            files.add(Path(module.__file__).resolve())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
 def imported_file(path, package):
     """The module of a .py file, as a part of `package`."""
     name = f"{package}.{Path(path).stem.replace('.', '_')}"
@@ -1398,10 +1417,11 @@ def imported_file(path, package):
 
 @contextlib.contextmanager
 def as_from_folder(path):
-    """Import a file as `python -c "import net"` does in its folder; gives a package's name.
+    """Import a file as `python -c "import net"` does in its folder.
 
-    sys.path begins with the folder. An argparse of the file does not see our flags. Modules of
-    ours do not hide its neighbours, nor do those of another user's file that has the same names.
+    Gives (a package's name, the names of the modules that were there before). sys.path begins
+    with the folder. An argparse of the file does not see our flags. Modules of ours do not hide
+    its neighbours, nor do those of another user's file that has the same names.
     What the file changes for the whole process is put back.
     """
     folder = Path(path).resolve().parent
@@ -1420,7 +1440,7 @@ def as_from_folder(path):
     sys.argv = [str(path)]
     try:
         with process_settings_kept():
-            yield package
+            yield package, before
     finally:
         sys.argv = arguments
         with contextlib.suppress(ValueError):
@@ -1458,9 +1478,12 @@ def process_settings_kept():
 
 
 def lies_in(module, folder):
-    """Whether a module's file is in a folder, or below it."""
+    """Whether a module's file is in a folder, or below it; installed packages do not count."""
     file = getattr(module, "__file__", None)
-    return bool(file) and folder in Path(file).resolve().parents
+    if not file or folder not in Path(file).resolve().parents:
+        return False
+    below = Path(file).resolve().relative_to(folder).parts
+    return "site-packages" not in below and "dist-packages" not in below
 
 
 def eat_source(name, facts):
@@ -2048,11 +2071,43 @@ def load_weights(model, content, path):
     if len(fitting) > 1:
         others = ", ".join(place for place, _ in fitting[1:])
         print(f"{path}: the weights are those of {place!r}, the file also holds {others}")
+    weights = renamed(state, own)
+    if weights is None:
+        raise UsageError(f"{path}: its weights do not fit the model ({misfit(state, own)})")
+    for name, _ in model.net.named_parameters():
+        kind = getattr(weights.get(name), "dtype", torch.float32)
+        if own[name].is_floating_point() and not kind.is_floating_point:
+            raise UsageError(f"{path}: {name} holds {kind}, it must be floating numbers")
     try:
-        model.net.load_state_dict(renamed(state, own) or state)
+        model.net.load_state_dict(weights)
     except Exception as error:  # of a network of the user's own, too
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})")
+
+
+def misfit(state, own):
+    """Words for the names that a state_dict and a network do not share, prefixes set aside."""
+    given = without_wrappers(state, (*COUNTERS, EXTRA)) or {str(name): name for name in state}
+    wanted = without_wrappers(own, (*COUNTERS, EXTRA)) or {name: name for name in own}
+    pairs = itertools.product(without_heads(given), without_heads(wanted))
+    given, wanted = max(pairs, key=lambda pair: len(pair[0].keys() & pair[1].keys()))
+    missing = [wanted[name] for name in wanted if name not in given]
+    surplus = [str(given[name]) for name in given if name not in wanted]
+    words = []
+    if missing:
+        words.append(f"the file lacks {shortened(', '.join(missing), 100)}")
+    if surplus:
+        words.append(f"the model lacks {shortened(', '.join(surplus), 100)}")
+    return "; ".join(words) or "two of its names are one without their prefixes"
+
+
+def without_heads(names):
+    """The same names, without a prefix that all share, and without one that only some have."""
+    found = [names, *shorter(names)]
+    for short in list(found):
+        for head in dict.fromkeys(name.partition(".")[0] for name in short if "." in name):
+            found.append({name.removeprefix(f"{head}."): old for name, old in short.items()})
+    return found
 
 
 def parts_of(found, own, path):
@@ -2062,24 +2117,32 @@ def parts_of(found, own, path):
     but a layer would be left out.
     """
     for place, state in found:
-        parts = {}
-        for name, value in state.items():
-            head, _, rest = str(name).partition(".")
-            if head not in BESIDE:
-                parts.setdefault(head, {})[rest] = value
-        fitting = [head for head in parts if renamed(parts[head], own) is not None]
-        named = [head for head in WRAPPERS if head in fitting]
-        if not named:
-            continue
-        others = [head for head in parts if head not in fitting]
-        if others:
-            names = [name for name in state if str(name).partition(".")[0] in others]
-            raise UsageError(f"{path}: the weights under {named[0]!r} fit the model, but the file "
-                             f"also holds {shortened(', '.join(names))}: build the network with "
-                             "them, or save it without them")
-        order = dict.fromkeys([*named, *fitting])
-        return [(f"{place}.{head}".strip("."), parts[head]) for head in order]
+        whole = {str(name): name for name in state}
+        for names in (whole, *shorter(whole)):
+            parts = parts_by_head({name: state[old] for name, old in names.items()})
+            fitting = [head for head in parts if renamed(parts[head], own) is not None]
+            named = [head for head in WRAPPERS if head in fitting]
+            if not named:
+                continue
+            others = [str(names[name]) for name in names
+                      if name.partition(".")[0] in parts.keys() - set(fitting)]
+            if others:
+                raise UsageError(f"{path}: the weights under {named[0]!r} fit the model, but the "
+                                 f"file also holds {shortened(', '.join(others))}: build the "
+                                 "network with them, or save it without them")
+            order = dict.fromkeys([*named, *fitting])
+            return [(f"{place}.{head}".strip("."), parts[head]) for head in order]
     return []
+
+
+def parts_by_head(state):
+    """{first part of the names: state_dict of the rest}, without losses and metrics."""
+    parts = {}
+    for name, value in state.items():
+        head, _, rest = name.partition(".")
+        if head not in BESIDE:
+            parts.setdefault(head, {})[rest] = value
+    return parts
 
 
 def shortened(text, most=200):

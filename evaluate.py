@@ -103,6 +103,9 @@ def parse(argv=None):
                                 "images on")
     if args.baseline:
         args.sanity = True
+    args.surrogate = list(dict.fromkeys(args.surrogate))
+    if args.attacks == "" and not (args.sanity or args.alignment or args.plots or args.surrogate):
+        raise common.UsageError("--attacks names no attack: there is nothing to measure")
     if args.batch_size is None:
         args.batch_size = 100 if args.bn_mode == "train" else 250
     if args.plots:
@@ -181,8 +184,8 @@ def file_flags(flag):
          "images go (beside --ckpt; of a checkpoint in results/weights nothing is kept)")
     flag("--overwrite", action="store_true", help="replace the files of --results, --export and "
          "--save-adv, and measure anew what is on record")
-    flag("--batch-size", type=common.count, help="images attacked at once (250; with --bn-mode "
-         "train 100)")
+    flag("--batch-size", type=common.number(1, 2 ** 31 - 1, kind=int), help="images attacked "
+         "at once (250; with --bn-mode train 100)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     flag("--precision", choices=["float32", "bfloat16"], default="float32", help="of evaluation "
          "(%(default)s)")
@@ -197,6 +200,8 @@ def refuse_own_files(args):
         named.append(args.baseline)
     networks = [common.path_and_model(path)[0] for path in named]
     own = [*networks, *Path(args.data_dir).glob("*.npz")]
+    models = [args.model, *(common.path_and_model(path)[1] for path in named)]
+    own += [model.rpartition(":")[0] for model in models if model and ".py:" in model]
     stem = stem_of(networks[0])
     own += [f"{stem}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
     taken = [Path(path).resolve() for path in own]
@@ -206,6 +211,8 @@ def refuse_own_files(args):
                                     "choose another name")
         if not Path(path).parent.is_dir() or Path(path).is_dir():
             raise common.UsageError(f"{path}: there is no such folder, or it is one")
+        if Path(path).exists() and not Path(path).is_file():
+            raise common.UsageError(f"{path} is a pipe or a device: name a file")
         if Path(path).exists() and not args.overwrite:
             raise common.UsageError(f"{path} exists: --overwrite replaces it")
         taken.append(Path(path).resolve())
@@ -578,7 +585,21 @@ def named_parts(name):
             size and not spec.step]
         if not any(wrong):
             return kind, steps, restarts, radius, size
-    raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}")
+    raise common.UsageError(f"{name!r} is no attack{near_attack(name)}: choose from "
+                            f"{ATTACK_NAMES}")
+
+
+def near_attack(name):
+    """", did you mean pgd-20?" for PGD20 and the like, or "" where no attack is near."""
+    plain = re.sub(r"([a-z])[-_]?(\d)", r"\1-\2", name.lower(), count=1)
+    if plain == "autoattack":
+        return ", did you mean aa?"
+    if plain != name:
+        with contextlib.suppress(common.UsageError):
+            named_parts(plain)
+            return f", did you mean {plain}?"
+    complete = [kind for kind, spec in ATTACKS.items() if spec.steps != 0]
+    return "" if re.search(r"\d", plain) else common.did_you_mean(plain, complete)
 
 
 def refuse_senseless(name, kind, facts):
@@ -647,6 +668,7 @@ class Guarded(torch.nn.Module):
         super().__init__()
         self.model = model
         self.counts = dict(gradients=0, broken=0)
+        self.training = False  # foolbox warns otherwise; the model keeps its own mode
 
     def forward(self, x):
         if x.requires_grad:
@@ -703,8 +725,13 @@ class Nature(NamedTuple):
     changes: bool = False  # a forward changes the network's own buffers
 
     @property
+    def too_few(self):
+        """Whether of so few images not even all would be more than chance."""
+        return wilson(1.0, self.n)[0] <= 1 / self.classes
+
+    @property
     def at_chance(self):
-        return wilson(self.accuracy, self.n)[0] <= 1 / self.classes
+        return not self.too_few and wilson(self.accuracy, self.n)[0] <= 1 / self.classes
 
     def words(self):
         names = dict(randomised=self.randomised, batch_dependent=self.batch_dependent)
@@ -1258,8 +1285,7 @@ def sanity(curve, unattacked, nature, eps, outcomes, baseline=None):
                 f"{percent(curve['pgd_at_1'][0])} % are left, chance is {percent(chance)} %"),
         Finding("randomised", not nature.randomised, "the same image twice"),
         Finding("batch-dependent", not nature.batch_dependent, "an image alone and in a batch"),
-        Finding("clean accuracy at chance", not nature.at_chance, f"{percent(nature.accuracy)} % "
-                f"of {nature.n} images")]
+        chance_finding(nature)]
     if nature.probabilities:
         findings.append(Finding(PROBABILITIES, False, "all outputs lie in [0, 1], attacks may be "
                                 "weaker on them"))
@@ -1267,6 +1293,14 @@ def sanity(curve, unattacked, nature, eps, outcomes, baseline=None):
     findings += black_box_findings([outcome for outcome in outcomes if outcome["eps"] == eps])
     return findings + [baseline_finding(accuracies[-1], pgd, baseline, curve["n"],
                                        chance)]
+
+
+def chance_finding(nature):
+    """Clean accuracy is above chance; of too few images nothing is said."""
+    words = f"{percent(nature.accuracy)} % of {nature.n} images"
+    if nature.too_few:
+        return Finding("clean accuracy at chance", None, f"not tested: {words} are too few")
+    return Finding("clean accuracy at chance", not nature.at_chance, words)
 
 
 def noise_is_weaker(curve):
@@ -1331,6 +1365,8 @@ def verdict(findings, nature):
     """One line: sound, or what speaks against the numbers."""
     failed = list(dict.fromkeys(finding.sign for finding in findings if finding.passed is False))
     tested = sum(finding.passed is not None for finding in findings)
+    if not failed and nature.too_few:
+        return f"verdict: none, {nature.n} images are too few"
     if not failed:
         return f"verdict: sound, no sign of masked gradients in {tested} tests"
     if "clean accuracy at chance" in failed:
@@ -1951,6 +1987,7 @@ class Surrogate(NamedTuple):
     identity: dict
     at_chance: bool
     place: str | None  # of its images, without the ending; None: they are not kept
+    foreign: bool  # whether the file alone does not say what its network computes
 
 
 def open_surrogates(args, facts, device, look, record):
@@ -1966,13 +2003,16 @@ def open_surrogates(args, facts, device, look, record):
                   "evidence")
         sha = weights_sha256(source["best"]["state_dict"])
         identity = dict(sha=sha, model=source["model"], normalize=source["normalize"])
-        file, _ = common.path_and_model(path)
+        file, name = common.path_and_model(path)
+        if ".py:" in source["model"]:
+            identity["code"] = common.code_of[name or asked_model(args)]
         place = None if is_committed(file) else str(Path(file).with_suffix(""))
         if args.record:
             place = str(record.json_path.parent / Path(file).stem)
         if place:
             refuse_unwritable(place, "--surrogate")
-        found[path] = Surrogate(source["model"], model, identity, nature.at_chance, place)
+        foreign = source["script"] == "state_dict" or "code" in identity
+        found[path] = Surrogate(source["model"], model, identity, nature.at_chance, place, foreign)
     labels = [surrogate.label for surrogate in found.values()]
     if len(set(labels)) < len(labels):
         found = {path: surrogate._replace(label=stem_of(path))
@@ -2347,6 +2387,8 @@ def tasks(args, todo, facts, device, shared, surrogates, nature):
             settings.update(attack=f"{attack.name}@{surrogate.label}",
                             surrogate_sha256=surrogate.identity["sha"],
                             surrogate_at_chance=surrogate.at_chance)
+            if surrogate.foreign:  # the same weights may be those of another network
+                settings["surrogate"] = fingerprint(surrogate.identity)
             identity = dict(surrogate.identity, images=pixels[n])
             images = functools.partial(transfer_images, surrogate.place, identity,
                                        surrogate.model, test, attack, batch_size)
@@ -2426,8 +2468,7 @@ def shared_settings(args, checkpoint, nature, sha):
         settings["sets_seed"] = True
     if ".py:" in name:
         settings["model"] = code
-        content = Path(code.rpartition(":")[0]).read_bytes()
-        settings["model_sha256"] = hashlib.sha256(content).hexdigest()
+        settings["model_sha256"] = common.code_of[code]
     return settings
 
 

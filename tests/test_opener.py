@@ -115,6 +115,35 @@ def test_what_does_not_fit_is_named(net, tmp_path):
         opened(tmp_path / "w.pt", weights, None)
 
 
+def test_only_what_differs_is_named(net, tmp_path):
+    """Prefixes set aside: of Madry's robustness library, a normaliser and an attacker's copy."""
+    path, weights = net
+    inner = under("module.1.", weights)
+    cases = ((dict(inner, **{"module.0.mean": torch.ones(1)}), "lacks module.0.mean"),
+             (dict(list(inner.items())[1:]), r"file lacks 1.weight\)"))
+    library = {**under("module.model.", weights), "module.normalizer.new_mean": torch.ones(1),
+               **under("module.attacker.model.", weights)}
+    cases += ((dict(model=library), "under 'model' fit.*also holds module.normalizer.new_mean"),)
+    for content, named in cases:
+        with pytest.raises(common.UsageError, match=named) as error:
+            opened(tmp_path / "w.pt", content, f"{path}:plain")
+        assert "1.bias" not in str(error.value).partition("attacker")[0], "it fits"
+    path.write_text(NET.replace("self.module = Inner()", "self.module = Inner()\n"
+                                "        self.register_buffer('mu', torch.ones(1))")
+                    .replace("from torch", "import torch\nfrom torch", 1))
+    with pytest.raises(common.UsageError, match=r"\(the file lacks mu\)"):  # RobustBench's
+        opened(tmp_path / "w.pt", dict(state_dict=under("module.", weights)), f"{path}:Wrapped")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_floating_numbers_are_refused(net, tmp_path, dtype):
+    """Quantised ones without their scale would be copied as they are."""
+    path, weights = net
+    content = dict(weights, **{"1.weight": (100 * weights["1.weight"]).to(dtype)})
+    with pytest.raises(common.UsageError, match=f"1.weight holds {dtype}"):
+        opened(tmp_path / "w.pt", content, f"{path}:plain")
+
+
 def test_a_module_of_several_networks(net, tmp_path, capsys):
     """Lightning's: the model beside its average and its loss. A layer of theirs is not dropped."""
     path, weights = net
@@ -247,6 +276,44 @@ def test_two_folders_with_neighbours_of_the_same_name(tmp_path):
         assert model.net[1].out_features == classes
     assert sys.modules["common"] is common and sys.path == before[1]
     assert "sizes" not in sys.modules
+
+
+def test_the_identity_of_a_network_is_that_of_its_neighbours_too(tmp_path):
+    """Its file and what it imports beside itself, by either kind of import; nothing else."""
+    (tmp_path / "net.py").write_text("import layers\nfrom . import sizes\nmake = layers.make\n")
+    (tmp_path / "layers.py").write_text(
+        "from torch import nn\ndef make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n")
+    for name in ("sizes", "other"):
+        (tmp_path / f"{name}.py").write_text("")
+    name = f"{tmp_path}/net.py:make"
+
+    def identity():
+        common.build_model(name, DIGITS)
+        return common.code_of[name]
+    before = identity()
+    (tmp_path / "other.py").write_text("# changed\n")
+    assert identity() == before
+    for changed in ("net", "layers", "sizes"):
+        with open(tmp_path / f"{changed}.py", "a") as file:
+            file.write("# changed\n")
+        assert identity() != before
+        before = identity()
+
+
+def test_packages_installed_below_the_folder_are_imported_once(tmp_path, monkeypatch):
+    """A virtual environment beside net.py: what registers itself on import does so once."""
+    packages = tmp_path / ".venv" / "lib" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "registers_once.py").write_text(
+        "import sys\nsys.test_imports = getattr(sys, 'test_imports', 0) + 1\n")
+    (tmp_path / "net.py").write_text("import registers_once\n" + NET)
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setattr(sys, "test_imports", 0, raising=False)
+    for _ in range(2):
+        common.build_model(f"{tmp_path}/net.py:plain", DIGITS)
+    assert sys.test_imports == 1
+    monkeypatch.delitem(sys.modules, "registers_once")
 
 
 def test_what_a_file_may_do(tmp_path):

@@ -613,6 +613,60 @@ def test_every_place_is_checked_before_the_first_attack(theirs, look, tmp_path, 
     assert (tmp_path / "Plain.npz").exists() and not list(theirs.glob("*.eval.*"))
 
 
+def test_an_output_never_replaces_the_network_or_a_device(theirs, look, tmp_path):
+    source = (theirs / "nets.py").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    for path, named in ((theirs / "nets.py", "belongs to --ckpt"), (tmp_path / "pipe", "a pipe")):
+        with pytest.raises(common.UsageError, match=named):
+            look("Plain", "--attacks", "clean", "--overwrite", "--results", path)
+    assert (theirs / "nets.py").read_text() == source and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--attacks", ""], "names no attack"), (["--attacks", "PGD20"], "did you mean pgd-20"),
+    (["--attacks", "autoattack"], "did you mean aa"), (["--attacks", "pgd-0"], "no attack: choose"),
+    (["--attacks", "clean", "--batch-size", 2 ** 70], "at most 2147483647")])
+def test_odd_flags_are_refused(look, flags, named):
+    with pytest.raises(common.UsageError, match=named):
+        look("Plain", *flags)
+
+
+def test_images_of_a_surrogate_are_those_of_its_code(theirs, look, tmp_path):
+    """The same weights under another function, normalisation or neighbour: made anew."""
+    for name in ("weights.pt", "nets.py"):
+        (tmp_path / name).write_bytes((theirs / name).read_bytes())
+    (tmp_path / "middle.py").write_text("turned = False\n")
+    (tmp_path / "sur.py").write_text(
+        "import nets, middle\nPlain = nets.Plain\nclass Turned(Plain):\n"
+        "    def forward(self, x):\n        return super().forward(x.transpose(2, 3))\n"
+        "Mixed = Turned if middle.turned else Plain\n")
+
+    def transferred(function):
+        surrogate = f"{tmp_path}/weights.pt={tmp_path}/sur.py:{function}"
+        flags = ["--surrogate", surrogate] * 2  # named twice: measured once
+        outcomes, said = look("Plain", "--attacks", "clean", "--transfer", "fgsm", *flags)
+        rows = [line.split() for line in said.splitlines()]
+        shares = [row[1] for row in rows if row and row[0].endswith(f"sur.py:{function}")]
+        assert len(shares) == 1
+        return float(shares[0])
+    own = transferred("Plain")
+    turned = transferred("Turned")
+    assert turned > own + 20 and transferred("Mixed") == own
+    (tmp_path / "middle.py").write_text("turned = 1 == 1\n")
+    assert transferred("Mixed") == turned and transferred("Plain") == own
+
+
+def test_few_images_are_neither_at_chance_nor_sound():
+    """Two classes: of three images even all correct ones would be chance."""
+    for n, few in ((3, True), (4, False)):
+        nature = evaluate.Nature(accuracy=1.0, n=n, classes=2)
+        assert nature.too_few == few and not nature.at_chance
+        finding = evaluate.chance_finding(nature)
+        assert finding.passed is (None if few else True)
+        assert ("none, 3 images" in evaluate.verdict([finding], nature)) == few
+    assert evaluate.Nature(accuracy=0.5, n=40, classes=2).at_chance
+
+
 def test_a_committed_checkpoint_is_left_alone(tmp_path, monkeypatch, capsys):
     """Of results/weights nothing is kept unasked, and nothing is written at all."""
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
