@@ -1357,13 +1357,13 @@ def imported_net(name, classes):
     """
     path, _, function = name.rpartition(":")
     try:
-        with as_from_folder(path) as (package, before):
+        with as_from_folder(path) as (package, earlier):
             module = imported_file(path, package)
             if not hasattr(module, function):
                 raise AttributeError(f"{Path(path).name} has no {function!r}")
             make = getattr(module, function)
             net = make if isinstance(make, nn.Module) else made_net(make, classes)
-            code_of[name] = code_sha256(path, package, before)
+            code_of[name] = code_sha256(path, earlier)
     except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
     if not isinstance(net, nn.Module):
@@ -1391,16 +1391,15 @@ def made_net(make, classes):
     return make(num_classes=classes) if takes_classes else make()
 
 
-def code_sha256(path, package, before):
+def code_sha256(path, earlier):
     """sha256 over a user's file and over the neighbours that it imported.
 
-    package, before: of `as_from_folder`.
+    earlier: names of the modules that were there before.
     """
     file = Path(path).resolve()
     files = {file}
     for name, module in list(sys.modules.items()):
-        is_theirs = name not in before or name.startswith(package)
-        if is_theirs and lies_in(module, file.parent):
+        if name not in earlier and lies_in(module, file.parent):
             files.add(Path(module.__file__).resolve())
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
@@ -1426,6 +1425,9 @@ def as_from_folder(path):
     """
     folder = Path(path).resolve().parent
     package = f"own_{abs(hash(str(folder)))}"
+    for name in list(sys.modules):  # of an earlier import: its files may have changed
+        if name.startswith(f"{package}."):
+            del sys.modules[name]
     sys.modules[package] = types.ModuleType(package)
     sys.modules[package].__path__ = [str(folder)]
     here = Path(__file__).resolve().parent
@@ -2105,7 +2107,8 @@ def without_heads(names):
     """The same names, without a prefix that all share, and without one that only some have."""
     found = [names, *shorter(names)]
     for short in list(found):
-        for head in dict.fromkeys(name.partition(".")[0] for name in short if "." in name):
+        several = (name.split(".") for name in short if name.count(".") > 1)  # not one layer's
+        for head in dict.fromkeys(parts[0] for parts in several):
             found.append({name.removeprefix(f"{head}."): old for name, old in short.items()})
     return found
 

@@ -585,8 +585,8 @@ def named_parts(name):
             size and not spec.step]
         if not any(wrong):
             return kind, steps, restarts, radius, size
-    raise common.UsageError(f"{name!r} is no attack{near_attack(name)}: choose from "
-                            f"{ATTACK_NAMES}")
+    raise common.UsageError(f"{name!r} is no attack: choose from {ATTACK_NAMES}"
+                            f"{near_attack(name)}")
 
 
 def near_attack(name):

@@ -128,6 +128,9 @@ def test_only_what_differs_is_named(net, tmp_path):
         with pytest.raises(common.UsageError, match=named) as error:
             opened(tmp_path / "w.pt", content, f"{path}:plain")
         assert "1.bias" not in str(error.value).partition("attacker")[0], "it fits"
+    other = {"conv.weight": torch.ones(1), "conv.bias": torch.ones(1)}
+    with pytest.raises(common.UsageError, match=r"lacks 1.weight, 1.bias.*lacks conv.weight, c"):
+        opened(tmp_path / "w.pt", other, f"{path}:plain")
     path.write_text(NET.replace("self.module = Inner()", "self.module = Inner()\n"
                                 "        self.register_buffer('mu', torch.ones(1))")
                     .replace("from torch", "import torch\nfrom torch", 1))
@@ -289,6 +292,8 @@ def test_the_identity_of_a_network_is_that_of_its_neighbours_too(tmp_path):
     name = f"{tmp_path}/net.py:make"
 
     def identity():
+        with pytest.raises(common.UsageError, match="missing.py"):  # leaves no trace
+            common.build_model(f"{tmp_path}/missing.py:make", DIGITS)
         common.build_model(name, DIGITS)
         return common.code_of[name]
     before = identity()
