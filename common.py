@@ -2617,12 +2617,13 @@ class Run:
                  f"{config['model']}: {len(train.labels):,} training and {len(val.labels):,} "
                  "validation images",
                  self.told_flags(reads),
-                 f"writes {self.path} ({self.precision}, {self.provenance['hardware']})"]
+                 f"trains in {self.precision} on {self.provenance['hardware']}; writes {self.path}, "
+                 f"{self.log_path.name} (this log) and {self.resume_path.name} (for --resume)"]
         if len(val.labels):
             lines.append("columns with %: accuracy on the validation images (chance: "
                          f"{100 / self.facts['classes']:.3g} %); {attacks}")
         lines.append("the others: lr of the epoch's last step; means of the loss and its terms; "
-                     "seconds of training alone")
+                     "seconds of training alone; left: until the end")
         for line in lines:
             print(textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False,
                                 break_on_hyphens=False), flush=True)

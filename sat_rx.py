@@ -303,8 +303,8 @@ def method_flags(flag, methods):
     """The flags of the methods. flag: the add_argument of a group."""
     flag("--method", metavar="NAME", choices=methods, default="r2", help="one of the above "
          "(%(default)s)")
-    flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; 1/lambda of "
-         "TRADES (%(default)s)")
+    flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; TRADES divides "
+         "its KL term by it (%(default)s)")
     flag("--tau", type=common.number(0, 1), help="R3: the loss at --eps-low is penalised where it "
          "exceeds tau times the loss at --eps (%(default)s)")
     flag("--k", type=common.count, help="R1: pairs of FGSM and IFGSM samples of a batch "
@@ -320,8 +320,8 @@ def method_flags(flag, methods):
     flag("--r3-noise", action="store_true", help="R3: FGSM starts after a random step of "
          "--rfgsm-alpha, as in the authors' code")
     flag("--ce-all", action="store_true", help="R1 to R3: cross-entropy on the regulariser's "
-         "samples too. Ablations R1-1, R2-1, R3-2: with --lam 0; R1-3: also with --k 40 %% of "
-         "--batch-size. R3-1 is --method r3 --lam 0 alone")
+         "samples too. For the ablations: with --lam 0 it is R1-1, R2-1 or R3-2. R1-3 also has a "
+         "--k of 40 %% of --batch-size. R3-1 is --method r3 --lam 0 without this flag")
     flag("--fgsm-eps", choices=["fixed", "random"], default="fixed", help="FGSM-AT: all samples at "
          "--eps, or each image at an eps of its own, |N(0, eps/2)| up to --eps (%(default)s)")
     flag("--source", metavar="CKPT", action="append", default=[], help="EAT: a network that also "

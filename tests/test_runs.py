@@ -880,8 +880,8 @@ def test_a_run_explains_its_table(tmp_path, capsys):
                         "images")
     assert lines[1] == ("flags: --eps 8/255 --epochs 2 --batch-size 25 --lr 0.02 --lam 5 "
                         "--limit 100 --val 60")
-    assert f"writes {path} (" in lines[2]
     text = " ".join(out.split())
+    assert f"; writes {path}, run.jsonl (this log) and run.resume.pt (for --resume)" in text
     assert "accuracy on the validation images (chance: 10 %); ifgsm-3 (3 steps), fgsm, " in text
     assert "pgd-10 (step 1.6/255): under attack at eps 8/255" in text
     assert "seconds clean % ifgsm-3 % fgsm % pgd-10 % left" in text
