@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The claims of the five papers, each beside the control that would expose it: training, evaluation.
-#   results/claims.sh DATA OUT [PART]...     # parts: atlas iaat dra saliency sat, or single names
+#   results/claims.sh DATA OUT [PART]...     # parts: atlas precision iaat dra saliency sat, or names
 # The same updates, steps and epochs; the method's new part switched off. Cheap parts come first.
 # See queue.sh for what happens to a run. MORE="--limit 200" tries the training commands out.
 set -euo pipefail
@@ -53,6 +53,16 @@ for s in 0 1 2; do
   table1 $s
 done
 few=aa
+
+# What bfloat16 costs: R2 (lambda 5 and 25) in both precisions, the same seeds.
+for s in 0 1 2; do
+  for p in float32 bfloat16; do
+    row precision-mnist-$p-s$s sat_rx.py --dataset mnist --model cnn-small --method r2 \
+      --epochs 20 --precision $p --seed $s
+    row precision-cifar-$p-s$s sat_rx.py --dataset cifar10 --model wrn-10-1 --limit 20000 \
+      --method r2 --normalize none --schedule onecycle --lr 0.2 --epochs 10 --precision $p --seed $s
+  done
+done
 
 # IAAT on MNIST: PGD-AT with its steps, and IAAT whose eps never moves (--warmup 30 of 30 epochs).
 iaat="iaat.py --dataset mnist --limit 10000 --attack-steps 10 --epochs 30 --val 0"
