@@ -2,6 +2,7 @@
 # Five methods on all of CIFAR-10 under one budget: every training command.
 #   results/cifar10.sh DATA OUT lr                 # PGD-AT for 3 epochs at three peak rates
 #   results/cifar10.sh DATA OUT rows LR [NAME]...  # the rows at the best of them, all or these
+# Decided before the search: 0.2, unless another rate wins by more than its 95 % interval.
 # See queue.sh for what happens to a run. MORE="--limit 200" tries the commands out.
 # Scaled to 10 epochs: ATLAS's ramp of 15 in 100 epochs is 2, IAAT's warm-up of 5 in 200 is 1,
 # DRA has 5 clean epochs and 5 of fine-tuning, the last one clean.
