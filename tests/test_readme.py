@@ -1,6 +1,8 @@
 """README.md: its length, and that its commands are commands."""
 
 import importlib
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 
 import common
 import evaluate
-from conftest import flags_of
+from conftest import flags_of, run_main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
@@ -79,3 +81,26 @@ def test_what_a_copy_needs_is_what_the_readme_says():
              if line.strip().startswith("+")]
     tested = [line.strip() for line in (test_runs.NEW_LOSS + test_runs.NEW_LINE).splitlines()]
     assert set(added) <= set(tested)
+
+
+def test_the_sweep_is_one_that_wandb_can_run(tmp_path, monkeypatch):
+    """Its program takes every combination of its parameters, and logs the metric."""
+    import yaml
+    block, = [text for text in BLOCKS if "method: grid" in text]
+    sweep = yaml.safe_load(block)
+    script = importlib.import_module(sweep["program"].removesuffix(".py"))
+    monkeypatch.chdir(tmp_path)
+    for choice in choices(sweep["parameters"]):
+        given = [f"--{name}={value}" for name, value in choice.items()]  # as its agent gives them
+        assert flags_of(script, *given)
+    assert set(sweep["metric"]) == {"name", "goal"}
+    run_main(script.main, sweep["program"], "--dataset", "digits", "--model", "cnn-small",
+             "--epochs", 1, "--limit", 60, "--ckpt", "run.pt")
+    row = json.loads((tmp_path / "run.jsonl").read_text())
+    assert sweep["metric"]["name"].removeprefix("best/") in row
+
+
+def choices(parameters):
+    """Every combination that a sweep's grid has."""
+    values = [entry.get("values", [entry.get("value")]) for entry in parameters.values()]
+    return [dict(zip(parameters, chosen)) for chosen in itertools.product(*values)]
