@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -2294,6 +2295,19 @@ def load_foreign(path, content, weights, device, facts, architecture, normalize)
         last=None)
 
 
+def cpu_name():
+    """The processor, and the vector instructions that PyTorch uses on it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()  # Linux
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    return f"CPU {name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def provenance(device):
     """What a number needs beside it: command, commit, hardware and versions, as plain values."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
@@ -2306,7 +2320,7 @@ def provenance(device):
     if size > 1:
         start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     threads = torch.get_num_threads()
-    hardware = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    hardware = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     if size > 1:

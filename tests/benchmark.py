@@ -56,6 +56,12 @@ def methods(model, other, facts):
 
     def memory(x):
         return torch.full_like(x[:, 0, 0, 0], eps)
+
+    def iaat_counts(terms):
+        """Of what it did: only images that are classified correctly are attacked."""
+        right = terms["right"].item()
+        attacks = (float(terms["passes"]) - 4 / 3 - right * k) / (k + 1 / 3)  # that choose eps
+        return 1 + attacks, k * (right + attacks), 1, 0
     return {
         "nt": ((0, 0, 1, 0), lambda x, y: sat_rx.nt_loss(model, x, y)),
         "fgsm-at": ((0, 0.5, 1, 0), lambda x, y: sat_rx.fgsm_at_loss(model, x, y, eps)),
@@ -77,9 +83,12 @@ def methods(model, other, facts):
             model, x, atlas.kl_attack(model, x, eps, 1, step), y, 2.0)),
         "tradesjac": ((1, 1, 1, 1), lambda x, y: atlas.tradesjac_loss(
             model, x, atlas.kl_attack(model, x, eps, 1, step), y, 2e-4, 0.5)),
-        "iaat-warm": (lambda terms: (1, k * terms["right"].item(), 1, 0),
-                      lambda x, y: iaat.iaat_loss(model, x, y, memory(x), True, eps, step, 0.1,
-                                                  0.0, "paper", step, k, k)),
+        "iaat-warm": (iaat_counts, lambda x, y: iaat.iaat_loss(
+            model, x, y, memory(x), True, eps, step, 0.1, 0.0, "paper", step, k, k)),
+        "iaat": (iaat_counts, lambda x, y: iaat.iaat_loss(
+            model, x, y, memory(x), False, eps, step, 0.1, 0.0, "paper", step, k, k)),
+        "line-search": (iaat_counts, lambda x, y: iaat.line_search_loss(
+            model, x, y, memory(x), False, eps, eps, 0.0, "largest", step, k, k)),
         "mixup": ((0, k, 1, 0), lambda x, y: iaat.mixup_loss(model, x, y, eps, step, k)),
         "dra": ((0, k, 1, 0), lambda x, y: dra_finetune.adversarial_loss(
             model, x, y, eps, "dra", k, 0.1)),
@@ -376,7 +385,7 @@ def main():
             all_methods = name == "lenet+" and precision == "float32"
             wanted = None if all_methods or not args.quick else QUICK
             networks.append(measure_network(name, batch, precision, wanted, args, device))
-    found = dict(hardware=hardware, torch=torch.__version__, networks=networks,
+    found = dict(common.provenance(device), repeats=args.repeats, networks=networks,
                  attacks=measure_attacks(args, device), input=measure_input(args, device, small))
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -111,7 +111,7 @@ META = torch.device("meta")
 
 # Where a step reads from the device, or its work depends on what it finds there: IAAT attacks the
 # images that are classified correctly, and stops where none is left.
-READS_BACK = {"iaat-warm"}
+READS_BACK = {"iaat-warm", "iaat", "line-search"}
 
 
 def on_meta(batch=6):
