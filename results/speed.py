@@ -1,0 +1,89 @@
+"""The page on speed, results/speed.md, and a row's minutes, from results/speed.json.
+
+That file is what `python tests/benchmark.py --json results/speed.json` wrote on an idle machine.
+report.py makes the page; tables of CIFAR-10 take their minutes from here, as training times that
+were measured beside other work cannot be compared.
+"""
+
+import json
+
+NAMES = {"pgd-at": "pgd-at-7", "trades": "trades-7", "curriculum": "curriculum"}
+NOTES = """\
+* A step is as fast as its bare passes where "of its bare passes" is 1. Where it is below, two
+  passes share work.
+* "needs" is what the mathematics of a method asks for, in forward passes; "counted" are the
+  operations that were really made, on the same scale.
+* ATLAS and the saliency script differentiate a gradient. PyTorch builds the second derivative of
+  BatchNorm from many small operations; `common.twice_differentiable` writes it down in one
+  function. Forward-mode differentiation would need less memory, but gave wrong gradients with
+  BatchNorm in train mode.
+* `pgd` and foolbox make the same passes. With frozen weights foolbox is as fast in float32: nothing
+  but the passes is left. Our gain is that weights get no gradient, bfloat16, and in an evaluation
+  that a broken image is attacked no further.
+* IAAT and line search attack only what is classified correctly. Here the network is untrained, so
+  their rows are a lower bound."""
+
+
+def read(folder):
+    """The benchmark's JSON, or None."""
+    path = folder / "speed.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def cell(value):
+    """Three digits of a number, "-" for nothing."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rows_table(rows):
+    """A Markdown table of dictionaries with the same keys."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows])
+
+
+def ratio(measured):
+    """ATLAS's step in those of one-step ADV, or None."""
+    ms = {row["method"]: row["ms"] for row in measured["steps"]}
+    return ms["atlas"] / ms["adv"] if {"adv", "atlas"} <= ms.keys() else None
+
+
+def page(folder):
+    """The text of speed.md, or None where nothing was measured."""
+    found = read(folder)
+    if found is None:
+        return None
+    parts = ["# Speed", "Made by `python results/report.py` from [speed.json](speed.json). "
+             f"`{found['command']}`, commit {found['commit']}, {found['hardware']}, torch "
+             f"{found['versions']['torch']}. Medians of {found['repeats']} repeats; what a table "
+             "compares took turns. The machine did nothing else.", NOTES,
+             "## PGD beside foolbox", "LeNet+ on digits, 20 steps; equal eps, step and starts; the "
+             "weights as a user loads them.", rows_table(found["attacks"]),
+             "## The way of a batch to the network", rows_table([found["input"]])]
+    for measured in found["networks"]:
+        parts += [f"## {measured['network']}, batch {measured['batch']}, {measured['precision']}",
+                  rows_table(measured["passes"]), rows_table(measured["steps"])]
+        if ratio(measured):
+            parts.append(f"A step of ATLAS takes {ratio(measured):.2f} steps of one-step ADV.")
+    return "\n\n".join(parts) + "\n"
+
+
+def minutes(found, facts):
+    """Training minutes of a run by the benchmark's step, or None where it was not measured.
+
+    facts: a results file. Without validation and start-up.
+    """
+    args = facts["args"]
+    method = NAMES.get(args["method"], args["method"])
+    for measured in found["networks"] if found else []:
+        same = (measured["network"] == facts["model"] and measured["batch"] == args["batch_size"]
+                and measured["precision"] == args["precision"])
+        ms = {row["method"]: row["ms"] for row in measured["steps"]}
+        if same and method in ms:
+            images = 50_000 if args["dataset"] == "cifar10" else 60_000
+            steps = (images - args["val"]) // args["batch_size"] * len(facts["history"])
+            return ms[method] * steps / 60_000
+    return None
