@@ -10,7 +10,7 @@ import json
 import numpy as np
 
 import common
-from runs import best_known, label, main_groups, measured, method, named, number
+from runs import best_known, label, main_groups, measured, method, named, number, older
 
 NAMES = ("methods", "overfitting", "masking", "iaat-tradeoff", "dra-transfer")
 SIZE = 11  # of the text, in points, of a picture 8 inches wide: about 15 pixels in a README
@@ -40,7 +40,10 @@ def history(network, key):
 
 
 def methods(groups):
-    """Clean accuracy against AutoAttack: a large point for a method, small ones for its seeds."""
+    """Clean accuracy against AutoAttack: a large point for a method, small ones for its seeds.
+
+    Of two seeds both are large points, joined by a line: their mean would be neither.
+    """
     dataset, chosen = main_groups(groups)
     lines = []
     for group in chosen.values():
@@ -49,16 +52,23 @@ def methods(groups):
         if not clean:
             continue
         script = group[0].facts["script"]
+        mark = "*" if older(group[0]) else ""
+        line = dict(label=f"{method(group[0])}{mark} ({script})", x=[clean.mean], y=[aa.mean],
+                    colour=COLOURS.get(script, 5), style="o", seeds=[])
         seeds = [(measured(network, "clean"), measured(network, "aa")) for network in group]
         seeds = [[100 * x["accuracy"], 100 * y["accuracy"]] for x, y in seeds if x and y]
-        lines.append(dict(label=f"{method(group[0])} ({script})", x=[clean.mean], y=[aa.mean],
-                          colour=COLOURS.get(script, 5), style="o", seeds=seeds,
-                          interval=[aa.low, aa.high]))
+        if len(seeds) == 2:
+            xs, ys = zip(*sorted(seeds, key=lambda point: point[1]))
+            line.update(x=xs, y=ys, style="o:")
+        else:
+            line.update(seeds=seeds, interval=[aa.low, aa.high])
+        lines.append(line)
     if not lines:
         return None
     panel = dict(title="", xlabel="clean accuracy, %", ylabel="accuracy under AutoAttack, %",
                  lines=lines, leaders=True)
-    note = "bars: 95 % from the number of images; small points: seeds"
+    note = ("bars: 95 % from the number of images; joined: two seeds\n"
+            "*: an older run; settings differ, see the table")
     return dict(paper=None, alt="All methods, clean accuracy against AutoAttack",
                 title=f"{eps_of(dataset)}\n{note}", panels=[panel], columns=1)
 
@@ -116,8 +126,8 @@ def masking(groups):
         scale = "symlog" if key == "loss_gap" else "log"
         panels.append(dict(title=text, xlabel="epoch", ylabel="", lines=lines, scale=scale))
     return dict(paper="sat_rx", alt="Signals of gradient masking, figs. 1 and 2 of the paper",
-                title=f"Signals of masked gradients: {eps_of(dataset)}\nheld-out images; a sound "
-                "network's lines stay low", panels=panels, columns=1)
+                title=f"Signals of masked gradients: {eps_of(dataset)}\nheld-out images; without "
+                "masking the lines stay low", panels=panels, columns=1)
 
 
 def tradeoff(groups):
@@ -229,7 +239,8 @@ def draw_labels(ax, panel, gap):
         ax.annotate(line["label"], xy=end, xytext=(1.04, place), xycoords="axes fraction",
                     textcoords="axes fraction", color=colour, va="center", fontsize=SIZE,
                     annotation_clip=False,
-                    arrowprops=dict(arrowstyle="-", color=colour, lw=1, ls=":", alpha=0.7))
+                    arrowprops=dict(arrowstyle="-", relpos=(0, 0.5), color=colour, lw=1, ls=":",
+                                    alpha=0.7))
 
 
 def draw_panel(ax, panel, gap):

@@ -3,9 +3,10 @@
     python results/report.py            # writes what has changed, names each file
     python results/report.py --check    # writes nothing; status 1 and a line for each stale file
 
-It writes README.md's main table and claims between their markers, results/README.md (an index of
-all JSON files), a page per paper, and results/figures. Written by hand are papers.json, the rows
-that the papers print, and claims.json, what the papers say and which networks tell.
+It writes README.md's advice, main table and claims between their markers, results/README.md (an
+index of all JSON files), a page per paper, and results/figures. Written by hand are papers.json,
+the rows that the papers print, and claims.json: what the papers say, which networks tell, and the
+sentences of advice, which are shown while the networks that they name support them.
 """
 
 import argparse
@@ -19,32 +20,62 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import draw
 import evaluate
-from runs import (close, compare, concluded, grouped, label, load, main_groups, method, named,
-                  number, seed, stage)
+from runs import (VERDICTS, alone, asked, claim_text, commands, commits, common_n, compare, counted,
+                  epochs, grouped, label, load, main_groups, method, name_of, named, needs, number,
+                  older, ordered, seed, seeds_of, sets, threshold, trained)
 
+COUNTS = ("Each claim is tested by comparisons. One holds where the whole 95 % interval of its "
+          "difference agrees, fails where none of it does, else it is undecided.")
+SEEDS = ("Two seeds: both values; more: mean±deviation; in brackets: the 95 % interval from n "
+         "images.")
+PAGE = ("PGD-CW is PGD on the margin between two logits: the papers' C&W, `un` and `cw` in older "
+        "commands. Behind @ stands PGD's step where it is not evaluate.py's own. \\*: an older "
+        "run. [Names](README.md#names). Minutes come from unlike machines and loads.")
 COLUMNS_SHOWN = 8  # of a page's table of all rows
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+WORDS = {  # of results/README.md
+    "`teacher`": "the network that teacher_saliency.py trains first, by PGD-AT. `align`: its "
+                 "student after phase 1. `k50`: the student after phase 2, whose last k is 50 %.",
+    "`r1` `r2` `r3`": "the three regularisers of SAT-Rx. In a file's name `r1-1` is `r1` with "
+                      "lambda 0 (the paper's ablation), `r1-10` has 10 steps of IFGSM.",
+    "`lenet+`": "SAT-Rx's CNN for MNIST, two convolutional and two linear layers. `cnn-small`: "
+                "the same with fewer and strided convolutions. `wrn-28-10`: WideResNet, depth 28, "
+                "width 10.",
+    "IFGSM-3": "FGSM in 3 steps. PGD-100x5: PGD, 100 steps, 5 random starts. PGD-CW: PGD on the "
+               "margin between two logits. MULTI: PGD towards each wrong class. `@` a step size.",
+    "older run": "a run from before all scripts shared one set of flags. Its JSON names the "
+                 "commit. Tables mark it with \\*.",
+    "`half.pt`": "the run's weights rounded to float16, as in [weights](weights). A row whose "
+                 "evaluation names it was measured on it.",
+}
 
 
 # ------------------------------------------------------------------------------------------ cells
 
-def written(value, n=None):
-    """A Number as a cell: mean +- deviation (interval). n: the column's number of images."""
+def written(value, n=None, spread=True):
+    """A Number as a cell. n: the column's number of images.
+
+    One seed: value (interval). Two: both values. More: mean +- deviation (interval). spread False
+    leaves the interval out.
+    """
     if value is None:
         return "not run"
     digits = 2 if (value.n or 0) > 1000 else 1
     text = f"{value.mean:.{digits}f}"
-    if value.deviation is not None:
-        text += f" ± {value.deviation:.{digits}f}"
-    if value.n:
+    if len(value.values) == 2:
+        text = " / ".join(f"{one:.{digits}f}" for one in value.values)
+    elif value.deviation is not None:
+        text += f"±{value.deviation:.{digits}f}"
+    if value.n and spread and len(value.values) != 2:
         text += f" ({value.low:.1f}-{value.high:.1f})"
     if value.n and value.n != n:
-        text += f", n {value.n:,}"
+        text += f", n={value.n:,}"
     return text
 
 
 def title(column):
-    """A column's heading."""
+    """A column's heading: of an attack under several names always the same one."""
+    column = evaluate.canonical(column)
     name, mark, rest = re.fullmatch(r"([^:@]*)(.?)(.*)", column).groups()
     known = {"clean": "clean", "aa": "AutoAttack", "minutes": "minutes", "ms": "ms a batch",
              "corruptions": "corruptions", "rays-40000": "RayS-40000"}
@@ -53,6 +84,12 @@ def title(column):
 
 
 # ----------------------------------------------------------------------------------------- tables
+
+def named_once(rows):
+    """The rows, their first cell empty where it is that of the row above."""
+    above = [None, *(row[0] for row in rows)]
+    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, above)]
+
 
 def table(heads, rows):
     """A Markdown table."""
@@ -81,70 +118,107 @@ def trained_on(group):
     return ", ".join(words)
 
 
-def common_n(numbers):
-    """The number of images that most Numbers of a column have."""
-    counts = [value.n for value in numbers if value and value.n]
-    return max(sorted(set(counts)), key=counts.count) if counts else None
+def name_with_mark(group):
+    """The method, with the mark of an older run."""
+    return method(group[0]) + ("\\*" if older(group[0]) else "")
 
 
-def numbers_table(groups, columns, first, last):
-    """A table of groups: first(group) cells, a cell per column, last(group) cells."""
+def numbers_table(groups, columns, first, last, spread=lambda column: True):
+    """A table of groups: first(group) cells, a cell per column, last(group) cells.
+
+    spread(column): whether its cells have an interval.
+    """
     values = [[number(group, column) for column in columns] for group in groups]
     ns = [common_n(column) for column in zip(*values)]
-    heads = [title(column) + (f", n {n:,}" if n else "") for column, n in zip(columns, ns)]
-    rows = [[*first(group), *map(written, row, ns), *last(group)]
-            for group, row in zip(groups, values)]
+    heads = [title(column) + (f", n={n:,}" if n else "") for column, n in zip(columns, ns)]
+    rows = []
+    for group, row in zip(groups, values):
+        cells = [written(value, n, spread(column)) for value, n, column in zip(row, ns, columns)]
+        rows.append([*first(group), *cells, *last(group)])
     return heads, rows
 
 
 def main_table(groups, claims, prefix="results/"):
-    """README's table, the most robust method first."""
+    """README's table: script by script, rows that share all settings together, under a letter."""
     dataset, chosen = main_groups(groups)
-    chosen = sorted(chosen.values(), key=lambda group: -number(group, "aa").mean)
+    members = []
+    for script in dict.fromkeys([*claims, *(script for script, _ in chosen)]):
+        members += sets([group for (its, _), group in chosen.items() if its == script])
+    letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    letter = {}
+    for alike in members:
+        one = next(letters) if len(alike) > 1 else "-"
+        letter.update({label(group): one for group in alike})
 
     def first(group):
         script = group[0].facts["script"]
-        name = f"{script}.py"
-        if script in claims:
-            name = f"[{name}]({prefix}{claims[script]['page']})"
-        return [name, method(group[0]), trained_on(group)]
+        name = f"[{script}]({prefix}{claims[script]['page']})" if script in claims else script
+        lr = group[0].facts["args"].get("lr")
+        return [name, name_with_mark(group), trained_on(group), epochs(group), f"{lr}",
+                letter[label(group)]]
 
     def last(group):
         return [links(group, prefix)]
-    heads, rows = numbers_table(chosen, ["clean", "pgd-20", "aa", "minutes"], first, last)
-    eps = common.shown(common.DATASETS[dataset]["eps"])
-    text = (f"{NAMES[dataset]}, L-infinity, eps {eps}. Accuracy in % on n test images, ± the "
-            "deviation over seeds, in brackets the 95 % interval from the number of images. The "
-            "last column names the seeds and links their JSON. This is no ranking: rows differ in "
-            "network, images, epochs and learning rate. The pages compare like with like.")
-    return text + "\n\n" + table(["script", "method", "network", *heads, "JSON"], rows)
-
-
-def threshold(test):
-    """The difference, in points, that a test asks for."""
-    words = [f"{word} {test[word]:g}" for word in ("above", "below") if word in test]
-    return " and ".join(words)
-
-
-def claim_text(claim):
-    """A claim with the difference that all its comparisons ask for, where it is not just 0."""
-    asked = {threshold(test) for test in claim["tests"]}
-    if len(asked) > 1 or asked <= {"above 0", "below 0"}:
-        return claim["text"]
-    return f"{claim['text'].rstrip('.')} (difference {asked.pop()} points)."
+    heads, rows = numbers_table(sum(members, []), ["clean", "pgd-20", "aa", "minutes"], first, last,
+                                lambda column: column == "aa")
+    without = [f"{script}.py" for script in claims if script not in {key[0] for key in chosen}]
+    eps = common.DATASETS[dataset]["eps"]
+    above = (f"{NAMES[dataset]}, L-infinity, eps {common.shown(eps)}, accuracy in %. Compare rows "
+             "of one set: same network, images, epochs, lr, batch size (-: alone).")
+    below = (f"{SEEDS} PGD-20's step: {common.shown(asked('pgd-20', dataset)[0].step)}. Minutes "
+             "are of unlike machines.")
+    if any(older(group[0]) for group in chosen.values()):
+        below += " \\*: older run."
+    if without:
+        below += f" Of {', '.join(without)} no row has AutoAttack yet."
+    heads = ["script", "method", "network", "epochs", "lr", "set", *heads, "JSON"]
+    return "\n\n".join([above, table(heads, named_once(rows)), below])
 
 
 def claims_table(groups, claims, prefix="results/"):
-    """README's list: the claims of claims.json that are marked as "front", and their verdicts."""
+    """README's list: the claims of claims.json that are marked as "front", and their verdicts.
+
+    Those of which nothing was run are counted alone: the pages name them.
+    """
     rows = []
+    waiting = 0
     for about in claims.values():
         for claim in about["claims"]:
-            if claim.get("front"):
-                verdict = concluded([compare(groups, test) for test in claim["tests"]])
+            compared = [compare(groups, test) for test in claim["tests"]]
+            if not seeds_of(compared):
+                waiting += 1
+            elif claim.get("front"):
+                counts = [f"{count or ''}" for count in counted(compared).values()]
                 rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim),
-                             verdict.replace(" comparisons run", "")])
-    return (table(["paper", "claim", "here"], rows) + "\n\nIn brackets: how many of a claim's "
-            "comparisons were run. The pages have the numbers and the other claims.")
+                             *counts, "-".join(map(str, seeds_of(compared)))])
+    parts = [COUNTS, table(["paper", "claim", *VERDICTS, "seeds"], named_once(rows))]
+    if waiting:
+        parts.append(f"Not run: {waiting} claims of the pages.")
+    return "\n\n".join(parts)
+
+
+def verdict_words(compared):
+    """The counts of a claim's verdicts in one line."""
+    counts = counted(compared)
+    text = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items() if count)
+    return text + (" (one seed)" if seeds_of(compared) == [1] else "")
+
+
+def advice(groups, claims, prefix=""):
+    """The sentences of claims.json's "advice" that the networks support, numbers filled in.
+
+    A sentence is shown while each of its tests has one of the verdicts that it allows. {method}
+    and {control} are the two sides of its first test.
+    """
+    shown = []
+    for about in claims.values():
+        for sentence in about.get("advice", []):
+            compared = [compare(groups, test) for test in sentence["tests"]]
+            if all(comparison.verdict in sentence["while"] for comparison in compared):
+                sides = dict(method=written(compared[0].method, 500),
+                             control=written(compared[0].control, 500))
+                shown.append(sentence["text"].format(**sides))
+    return " ".join(shown)
 
 
 def verdicts(folder):
@@ -154,8 +228,10 @@ def verdicts(folder):
         facts = json.loads(path.read_text())
         failed = [f"{finding['sign']}: {finding['text']}" for finding in facts["findings"]
                   if finding["passed"] is False]
-        rows.append([f"[{path.stem.removeprefix('verdict-')}]({path.name})",
-                     facts["verdict"].removeprefix("verdict: ").partition(":")[0],
+        verdict = facts["verdict"].removeprefix("verdict: ").partition(":")[0]
+        if verdict.startswith("sound, "):
+            verdict = verdict.removeprefix("sound, ") + " (says nothing about robustness)"
+        rows.append([f"[{path.stem.removeprefix('verdict-')}]({path.name})", verdict,
                      "<br>".join(failed) or "-"])
     return table(["network", "verdict", "signs that were found"], rows) if rows else "not run"
 
@@ -185,32 +261,18 @@ def paper_table(printed, ours, groups, protocol):
     numbers = [[number(group, column, **protocol) for column in columns]
                for chosen in found.values() for group in chosen]
     ns = [common_n(column) for column in zip(*numbers)]
-    heads = [title(column) + (f", our n {n:,}" if n else "") for column, n in zip(columns, ns)]
+    heads = [title(column) + (f", our n={n:,}" if n else "") for column, n in zip(columns, ns)]
     rows = []
     remaining = iter(numbers)
     for name, values in printed["rows"].items():
         rows.append([f"**{name}**, paper", *["" if v is None else f"{v:g}" for v in values]])
         for group in found[name]:
-            head = f"ours, {label(group)} ({trained_on(group)}): {links(group)}"
+            head = (f"ours: {name_with_mark(group)}, {trained_on(group)}, {epochs(group)} epochs, "
+                    f"{label(group)} {links(group)}")
             rows.append([head, *map(written, next(remaining), ns)])
         if name in ours and not found[name]:
             rows.append(["ours", *["not run"] * len(values)])
     return table(["row", *heads], rows)
-
-
-def name_of(outcome):
-    """A column's name for an outcome: aliases resolved, radius and step shown where unusual."""
-    name = evaluate.canonical(outcome["attack"])
-    facts = common.DATASETS.get(outcome["dataset"], common.CIFAR10)
-    if close(outcome["eps"], facts["eps"]) and evaluate.NORMALISED not in name:
-        name = re.sub(":[^@]*", "", name)
-    kind = evaluate.ALIASES.get(outcome["kind"], outcome["kind"])
-    if not evaluate.ATTACKS[kind].step or "surrogate_sha256" in outcome:
-        return name
-    usual = evaluate.default_step(outcome["eps"], outcome["steps"], None, facts)
-    if "@" in name or close(outcome["step"], usual):
-        return name
-    return f"{name}@{common.shown(outcome['step'])}"
 
 
 def own_columns(groups):
@@ -230,15 +292,20 @@ def own_columns(groups):
 def own_tables(groups):
     """All rows of a script, a table per data set."""
     def first(group):
-        epochs = str(len(group[0].facts["history"]))
-        return [label(group), method(group[0]), trained_on(group), epochs]
+        lr = group[0].facts["args"].get("lr")
+        return [name_with_mark(group), trained_on(group), epochs(group), f"{lr}"]
+
+    def last(group):
+        return [" ".join(commits(group)), f"{label(group)} {links(group)}"]
     parts = []
     for dataset in sorted({group[0].facts["dataset"] for group in groups}):
         chosen = [group for group in groups if group[0].facts["dataset"] == dataset]
-        heads, rows = numbers_table(chosen, [*own_columns(chosen), "minutes"], first,
-                                    lambda group: [links(group)])
-        parts += [f"On {dataset}:",
-                  table(["row", "method", "network", "epochs", *heads, "seeds"], rows)]
+        chosen.sort(key=lambda group: (method(group[0]), trained_on(group), label(group)))
+        heads, rows = numbers_table(chosen, [*own_columns(chosen), "minutes"], first, last)
+        several = len({commit for group in chosen for commit in commits(group)})
+        note = f", rows of {several} commits of the script" if several > 1 else ""
+        parts += [f"On {dataset}{note}:", table(["method", "network", "epochs", "lr", *heads,
+                                                 "commit", "run and its seeds"], rows)]
     return "\n\n".join(parts)
 
 
@@ -249,66 +316,51 @@ def claims_part(about, groups):
         compared = [compare(groups, test) for test in claim["tests"]]
         rows = []
         for test, c in zip(claim["tests"], compared):
-            by = "" if c.low is None else f"{c.low:.1f} to {c.high:.1f}"
+            by = "" if c.low is None else f"{c.difference:.1f} ({c.low:.1f} to {c.high:.1f})"
+            if c.low is not None and c.low == c.high:
+                by = f"{c.difference:.1f}, no interval"
             rows.append([c.say, title(c.column), written(c.method), written(c.control), by,
-                         threshold(test), c.verdict])
-        parts += [f"**{claim_text(claim)}** ({claim['place']}). Here: **{concluded(compared)}**.",
+                         threshold(test), verdict_words([c]).replace(": 1", "")])
+        parts += [f"**{claim_text(claim)}** ({claim['place']}). Here: "
+                  f"**{verdict_words(compared)}**.",
                   table(["what is compared", "column", "method", "control",
-                         "difference, 95 % interval", "holds if", "verdict"], rows)]
+                         "difference (95 % interval)", "holds if", "verdict"], rows)]
         if claim.get("why"):
             parts.append(claim["why"])
     return "\n\n".join(parts)
 
 
-def commands(network):
-    """evaluate.py's commands that measure the numbers again, one for each number of images.
-
-    What needs another network is left out: the JSON has the command that was given.
-    """
-    facts = network.facts
-    usual = common.DATASETS.get(facts["dataset"], facts["args"])["eps"]
-    asked = {}
-    for outcome in network.outcomes:
-        if "surrogate_sha256" in outcome or evaluate.NORMALISED in outcome["attack"]:
-            continue
-        flags = f"--limit {0 if outcome['n'] == 10_000 else outcome['n']}"
-        if outcome["kind"] in ("pgd", "pgd-cw") and outcome.get("start") == "step":
-            flags += " --start step"
-        names = asked.setdefault(flags, [])
-        if name_of(outcome) not in names:
-            names.append(name_of(outcome))
-    words = facts["training"].get("command", "").split()
-    place = words[words.index("--ckpt") + 1] if "--ckpt" in words else "run.pt"
-    if stage(network):
-        place = f"{place.removesuffix('.pt')}.{stage(network)}.pt"
-    return [f"python evaluate.py --ckpt {place} {flags} --eps {common.shown(usual)} "
-            f"--attacks {','.join(names)}" for flags, names in asked.items()]
-
-
-def recipe(network):
-    """How a network's numbers come out again, as a list item."""
+def recipe(network, made):
+    """How a network's numbers come out again, as a list item. made: the result of `trained`."""
     facts = network.facts
     lines = [f"* `{network.names[0]}` (seed {seed(network)}, best epoch {facts['best_epoch']} of "
              f"{len(facts['history'])}, {facts.get('training_minutes')} minutes on "
              f"{facts['training'].get('hardware')}), at commit "
-             f"{facts['training'].get('commit')}:",
-             f"  `{facts['training'].get('command')}`"]
+             f"{facts['training'].get('commit')}:"]
+    for path, needed in needs(network, made).items():
+        how = "not on record"
+        if needed:
+            how = f"that of `{needed.names[0]}`"
+            if needed.facts["script"] != facts["script"]:  # it is on another page
+                how += f", by `{needed.facts['training'].get('command')}`"
+        lines.append(f"  needs `{path}`, {how}<br>")
+    lines.append(f"  `{facts['training'].get('command')}`")
     return "\n".join(lines + [f"  <br>`{command}`" for command in commands(network)])
 
 
 def page(about, groups, papers, figures):
     """A paper's page."""
     own = [group for group in groups if group[0].facts["script"] == about["script"]]
-    recipes = [recipe(network) for group in own for network in group]
+    made = trained(groups)
+    recipes = [recipe(network, made) for group in sorted(own, key=label) for network in group]
     shown = [f"![{figure['alt']}](figures/{name}.png)" for name, figure in figures.items()
              if figure["paper"] == about["script"]]
     parts = [f"# {about['name']}", f"{about['paper']} [The paper]({about['link']}), "
              f"[the script](../{about['script']}.py), [all results](README.md).",
-             "Made by `python results/report.py` from the JSON files. Accuracy in %, ± the "
-             "standard deviation over seeds, in brackets the 95 % interval from the number of "
-             "test images. A claim holds if the whole interval of the difference agrees with "
-             "it. With one seed this interval knows nothing of other seeds.",
-             "## Claims", claims_part(about, groups), *shown,
+             f"Made by `python results/report.py` from the JSON files. Accuracy in %. {SEEDS} "
+             f"{PAGE}",
+             "## Claims", f"{COUNTS} With one seed this interval knows nothing of other seeds.",
+             claims_part(about, groups), *shown,
              "## The paper's rows and ours", paper_tables(about, groups, papers),
              "## What explains the differences",
              "\n".join(f"* {text}" for text in about["misses"]),
@@ -322,33 +374,57 @@ def page(about, groups, papers, figures):
     return "\n\n".join(parts) + "\n"
 
 
+def files_table(files):
+    """results/README.md's first table: a row for each JSON. files: {name: network of that file}."""
+    rows = []
+    for name, network in files.items():
+        facts = network.facts
+        cells = [written(number([network], column)) for column in ("clean", "aa")]
+        rows.append([f"[{name}]({name}.json)", facts["script"], name_with_mark([network]),
+                     trained_on([network]), facts["dataset"], f"{seed(network)}", *cells])
+    return table(["file", "script", "method", "network", "data", "seed", "clean", "AutoAttack"],
+                 rows)
+
+
+def file_part(name, network, folder):
+    """What a JSON shows, its training command, and all evaluation commands that it keeps."""
+    facts = network.facts
+    columns = dict.fromkeys(name_of(outcome) for outcome in network.outcomes)
+    training = facts["training"]
+    evaluation = facts["evaluation"]
+    weights = f"weights/{name}.pt"
+    kept = f" [Weights]({weights})." if (folder / weights).exists() else ""
+    given = [outcome["command"] for outcome in network.outcomes if outcome.get("command")]
+    lines = [f"**[{name}]({name}.json)** shows {', '.join(columns)}. Trained in "
+             f"{facts.get('training_minutes')} minutes.{kept}",
+             f"* trained at {training.get('commit')}, {training.get('hardware')}: "
+             f"`{training.get('command')}`"]
+    lines += [f"* evaluated at {evaluation.get('commit')}, {evaluation.get('hardware')}: "
+              f"`{command}`" for command in dict.fromkeys([*given, evaluation.get("command")])]
+    return "\n".join(lines)
+
+
 def index(groups, claims, folder):
-    """results/README.md: every JSON, its commands, what it shows."""
-    lines = ["# Results", "Made by `python results/report.py`. Pages: " + ", ".join(
-        f"[{about['name']}]({about['page']})" for about in claims.values()) + ".",
-        "`python results/report.py --check` fails where a table and the JSON files disagree.",
-        "![All methods, clean accuracy against AutoAttack](figures/methods.png)"]
+    """results/README.md: a table of every JSON, then their commands, the verdicts, the names."""
+    files = {}
     for group in sorted(groups, key=lambda group: (group[0].facts["script"], label(group))):
         for network in group:
-            for name in network.names:
-                facts = json.loads((folder / f"{name}.json").read_text())
-                columns = dict.fromkeys(name_of(outcome) for outcome in facts["outcomes"])
-                training = facts["training"]
-                evaluation = facts["evaluation"]
-                weights = f"weights/{name}.pt"
-                kept = f" [Weights]({weights})." if (folder / weights).exists() else ""
-                lines += [f"**[{name}]({name}.json)**: {facts['script']}, {method(network)}, "
-                          f"{facts['model']} on {facts['dataset']}, seed {seed(network)}, "
-                          f"{facts.get('training_minutes')} minutes. It shows "
-                          f"{', '.join(columns)}.{kept}\n"
-                          f"* trained at {training.get('commit')}, {training.get('hardware')}: "
-                          f"`{training.get('command')}`\n"
-                          f"* evaluated at {evaluation.get('commit')}, "
-                          f"{evaluation.get('hardware')}: `{evaluation.get('command')}`"]
-    lines += ["## The verdict of `evaluate.py --sanity`", "On networks whose state is known: "
+            files |= {name: alone(folder, name) for name in network.names}
+    parts = ["# Results", "Made by `python results/report.py`; `--check` fails where a table and "
+             "the JSON files disagree. Pages: " + ", ".join(
+                 f"[{about['name']}]({about['page']})" for about in claims.values()) + ".",
+             "Accuracy in % at the data set's usual eps, in brackets the 95 % interval. \\*: an "
+             "older run. A method's two files of one seed are one network, evaluated twice.",
+             files_table(files),
+             "![All methods, clean accuracy against AutoAttack](figures/methods.png)",
+             "## Names", "\n".join(f"* {name}: {words}" for name, words in WORDS.items()),
+             "## Commands", "The pages have commands for every number. A file keeps the "
+             "evaluations that are listed here, an older one only its last."]
+    parts += [file_part(name, network, folder) for name, network in files.items()]
+    parts += ["## The verdict of `evaluate.py --sanity`", "On networks whose state is known: "
               "[verdict.sh](verdict.sh) has the commands, [verdict_nets.py](verdict_nets.py) "
               "the layers that hide a gradient.", verdicts(folder)]
-    return "\n\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -366,7 +442,7 @@ def between(text, mark, content):
 def readme(path, groups, claims):
     """README's text with its tables renewed; a line for each pair of markers that it lacks."""
     text = path.read_text()
-    for mark, make in (("table", main_table), ("claims", claims_table)):
+    for mark, make in (("advice", advice), ("table", main_table), ("claims", claims_table)):
         renewed = between(text, mark, make(groups, claims))
         if renewed is None:
             print(f"{path.name}: no <!-- {mark}: begin --> and end, left as it is")
@@ -378,7 +454,7 @@ def pages(folder, readme_path):
     """({path: text}, {name: figure}) of everything that is shown."""
     claims = json.loads((folder / "claims.json").read_text())
     papers = json.loads((folder / "papers.json").read_text())
-    groups = grouped(load(folder))
+    groups = ordered(grouped(load(folder)), claims)
     drawn = draw.collect(groups)
     texts = {readme_path: readme(readme_path, groups, claims),
              folder / "README.md": index(groups, claims, folder)}

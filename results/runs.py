@@ -25,6 +25,9 @@ PATHS = ("ckpt", "init", "teacher", "source", "data_dir")  # flags that differ b
 MACHINE = ("seed", "resume", "overwrite", "device", "workers", "wandb")  # ... as do these
 STAGE = r"\.(teacher|vanilla|align|k\d+)$"  # what a script saves beside its --ckpt
 SEED_IN_NAME = r"-s(eed)?\d+(?=\.|$)"
+SETTINGS = ("limit", "classes", "augment", "normalize", "epochs", "batch_size", "lr", "guide",
+            "weight_decay", "momentum")  # those that rows of a table share where they are compared
+VERDICTS = ("holds", "fails", "undecided", "not run")
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -34,6 +37,18 @@ class Network(NamedTuple):
     names: list
     facts: dict
     outcomes: list
+
+
+def outcomes_of(facts):
+    """A JSON's outcomes; older ones know aliases as kinds."""
+    return [dict(outcome, kind=evaluate.ALIASES.get(outcome["kind"], outcome["kind"]))
+            for outcome in facts["outcomes"]]
+
+
+def alone(folder, name):
+    """The network of one JSON, with the outcomes of that file alone."""
+    facts = json.loads((folder / f"{name}.json").read_text())
+    return Network([name], facts, outcomes_of(facts))
 
 
 def load(folder):
@@ -50,9 +65,7 @@ def load(folder):
         weights = (facts["script"], facts["outcomes"][0]["weights_sha256"])
         network = found.setdefault(weights, Network([], facts, []))
         network.names.append(name)
-        for outcome in facts["outcomes"]:  # older ones know aliases as kinds
-            kind = evaluate.ALIASES.get(outcome["kind"], outcome["kind"])
-            network.outcomes.append(dict(outcome, kind=kind))
+        network.outcomes.extend(outcomes_of(facts))
     return sorted(found.values(), key=lambda network: network.names)
 
 
@@ -75,6 +88,20 @@ def method(network):
 
 def seed(network):
     return network.facts["args"].get("seed", 0)
+
+
+def older(network):
+    """Whether a network is of the time before all scripts shared the flag --schedule."""
+    return "schedule" not in network.facts["args"]
+
+
+def same_settings(a, b):
+    """Whether two networks share script, network, data and SETTINGS, as far as both know them."""
+    if any(a.facts[what] != b.facts[what] for what in ("script", "model", "dataset")):
+        return False
+    one = a.facts["args"]
+    other = b.facts["args"]
+    return all(one[flag] == other[flag] for flag in SETTINGS if flag in one and flag in other)
 
 
 def same_method(a, b):
@@ -107,16 +134,30 @@ def label(group):
     return re.sub(SEED_IN_NAME, "", group[0].names[0].removesuffix("-common"))
 
 
+def epochs(group):
+    """How many epochs each seed was trained for."""
+    return " / ".join(dict.fromkeys(str(len(network.facts["history"])) for network in group))
+
+
+def commits(group):
+    """The commits that trained the group's networks, short."""
+    return dict.fromkeys((network.facts["training"].get("commit") or "?")[:7] for network in group)
+
+
 # ------------------------------------------------------------------------------------- the numbers
 
 class Number(NamedTuple):
-    """A mean over seeds. Accuracies in %, with n images; n None: minutes, ms, validation."""
+    """A mean over seeds. Accuracies in %, with n images; n None: minutes, ms, validation.
+
+    values: one for each seed, in the order of the seeds.
+    """
     mean: float
     deviation: float | None
     low: float
     high: float
     n: int | None
     seeds: int
+    values: tuple = ()
 
 
 @functools.lru_cache(maxsize=None)
@@ -188,17 +229,85 @@ def number(group, column, **protocol):
     low = high = mean
     if n:
         low, high = (100 * share for share in evaluate.wilson(mean / 100, n))
-    return Number(mean, deviation, low, high, n, len(values))
+    return Number(mean, deviation, low, high, n, len(values), tuple(values))
+
+
+def common_n(numbers):
+    """The number of images that most Numbers of a column have."""
+    counts = [value.n for value in numbers if value and value.n]
+    return max(sorted(set(counts)), key=counts.count) if counts else None
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+def name_of(outcome):
+    """A column's name for an outcome: aliases resolved, radius and step shown where unusual."""
+    name = evaluate.canonical(outcome["attack"])
+    facts = common.DATASETS.get(outcome["dataset"], common.CIFAR10)
+    if close(outcome["eps"], facts["eps"]) and evaluate.NORMALISED not in name:
+        name = re.sub(":[^@]*", "", name)
+    kind = evaluate.ALIASES.get(outcome["kind"], outcome["kind"])
+    if not evaluate.ATTACKS[kind].step or "surrogate_sha256" in outcome:
+        return name
+    usual = evaluate.default_step(outcome["eps"], outcome["steps"], None, facts)
+    if "@" in name or close(outcome["step"], usual):
+        return name
+    return f"{name}@{common.shown(outcome['step'])}"
+
+
+def place_of(network):
+    """Where its training command writes it; run.pt where that names no place."""
+    words = (network.facts["training"].get("command") or "").split()
+    place = words[words.index("--ckpt") + 1] if "--ckpt" in words else "run.pt"
+    return f"{place.removesuffix('.pt')}.{stage(network)}.pt" if stage(network) else place
+
+
+def commands(network):
+    """evaluate.py's commands that measure the numbers again, one for each number of images.
+
+    What needs another network is left out: the JSON has the command that was given.
+    """
+    facts = network.facts
+    usual = common.DATASETS.get(facts["dataset"], facts["args"])["eps"]
+    wanted = {}
+    for outcome in network.outcomes:
+        if "surrogate_sha256" in outcome or evaluate.NORMALISED in outcome["attack"]:
+            continue
+        flags = f"--limit {0 if outcome['n'] == 10_000 else outcome['n']}"
+        if outcome["kind"] in ("pgd", "pgd-cw") and outcome.get("start") == "step":
+            flags += " --start step"
+        names = wanted.setdefault(flags, [])
+        if name_of(outcome) not in names:
+            names.append(name_of(outcome))
+    place = place_of(network)
+    return [f"python evaluate.py --ckpt {place} {flags} --eps {common.shown(usual)} "
+            f"--attacks {','.join(names)}" for flags, names in wanted.items()]
+
+
+def trained(groups):
+    """{path: network} of all networks, by the path that their training command writes."""
+    return {place_of(network): network for group in groups for network in group}
+
+
+def needs(network, made):
+    """{path: network or None}: what the network's training starts from. made: of `trained`."""
+    args = network.facts["args"]
+    paths = [args[flag] for flag in ("init", "teacher", "source") if args.get(flag)]
+    return {path: made.get(path) for path in paths}
 
 
 # ----------------------------------------------------------------------------------------- claims
 
 class Comparison(NamedTuple):
-    """Two sides of a claim. low, high: of method - control, in points; the verdict in words."""
+    """Two sides of a claim. difference: method - times * control, in points, with its interval.
+
+    low equals high where there is no interval. The verdict is one of VERDICTS.
+    """
     say: str
     column: str
     method: Number | None
     control: Number | None
+    difference: float | None
     low: float | None
     high: float | None
     verdict: str
@@ -298,59 +407,77 @@ def compare(groups, test):
     column = next((column for column in columns if None not in pairs[column]), columns[0])
     method, control = pairs[column]
     if method is None or control is None:
-        return Comparison(test["say"], column, method, control, None, None, "not run")
-    low, high = interval(method, control, test.get("times", 1))
+        return Comparison(test["say"], column, method, control, None, None, None, "not run")
+    times = test.get("times", 1)
+    low, high = interval(method, control, times)
     least = test.get("above", -math.inf)
     most = test.get("below", math.inf)
-    verdict = "not distinguishable"
+    verdict = "undecided"
     if low > least and high < most:
         verdict = "holds"
     elif high < least or low > most:
         verdict = "fails"
-    if method.seeds == 1 and control.seeds == 1:
-        verdict += ", one seed"
-    return Comparison(test["say"], column, method, control, low, high, verdict)
+    difference = method.mean - times * control.mean
+    return Comparison(test["say"], column, method, control, difference, low, high, verdict)
 
 
-def concluded(comparisons):
-    """The verdict of a claim from those of its comparisons, and how many of them were run."""
-    run = [comparison.verdict for comparison in comparisons if comparison.verdict != "not run"]
-    if not run:
-        return "not run"
-    kinds = {verdict.partition(",")[0] for verdict in run}
-    if len(kinds) == 1:
-        verdict = kinds.pop()
-    elif {"holds", "fails"} <= kinds:
-        verdict = "mixed"
-    else:
-        verdict = "holds in part" if "holds" in kinds else "fails in part"
-    if all(verdict.endswith("one seed") for verdict in run):
-        verdict += ", one seed"
-    if len(run) < len(comparisons):
-        verdict += f" ({len(run)} of {len(comparisons)} comparisons run)"
-    return verdict
+def threshold(test):
+    """The difference, in points, that a test asks for."""
+    words = [f"{word} {test[word]:g}" for word in ("above", "below") if word in test]
+    return " and ".join(words)
+
+
+def claim_text(claim):
+    """A claim with the difference that all its comparisons ask for, where it is not just 0."""
+    asked = {threshold(test) for test in claim["tests"]}
+    if len(asked) > 1 or asked <= {"above 0", "below 0"}:
+        return claim["text"]
+    return f"{claim['text'].rstrip('.')} (difference {asked.pop()} points)."
+
+
+def counted(comparisons):
+    """{verdict: how many of the comparisons have it}, of all VERDICTS."""
+    found = [comparison.verdict for comparison in comparisons]
+    return {verdict: found.count(verdict) for verdict in VERDICTS}
+
+
+def seeds_of(comparisons):
+    """The numbers of seeds on either side of the comparisons that were run, sorted."""
+    run = [comparison for comparison in comparisons if comparison.verdict != "not run"]
+    return sorted({side.seeds for comparison in run
+                   for side in (comparison.method, comparison.control)})
+
+
+def ordered(groups, claims):
+    """The groups, those first that the claims name first: a new row stands before an older one.
+
+    Then those of most epochs, then of most seeds, then the one whose training command has the
+    fewest words: it is nearest to the defaults.
+    """
+    patterns = [pattern for about in claims.values() for claim in about["claims"]
+                for test in claim["tests"] for pattern in (*test["method"], *test["control"])]
+    mentioned = named(groups, dict.fromkeys(patterns))
+
+    def rank(group):
+        facts = group[0].facts
+        words = len((facts["training"].get("command") or "").split())
+        place = mentioned.index(group) if group in mentioned else len(mentioned)
+        return place, -len(facts["history"]), -len(group), words
+    return sorted(groups, key=rank)
 
 
 def best_known(groups):
-    """{(script, method): group}: one group of each method, that of most epochs, then most seeds.
-
-    Of equals the one whose training command has the fewest words: nearest to the defaults.
-    """
+    """{(script, method): the first of its groups}, sorted by name. See `ordered`."""
     best = {}
     for group in groups:
-        facts = group[0].facts
-        words = len((facts["training"].get("command") or "").split())
-        rank = (len(facts["history"]), len(group), -words)
-        key = (facts["script"], method(group[0]))
-        if key not in best or rank > best[key][0]:
-            best[key] = (rank, group)
-    return {key: best[key][1] for key in sorted(best)}
+        best.setdefault((group[0].facts["script"], method(group[0])), group)
+    return {key: best[key] for key in sorted(best)}
 
 
 def main_groups(groups):
     """(data set, {(script, method): group}) of the main table: networks with AutoAttack's number.
 
-    The rows of one budget on CIFAR-10 where there are any, else MNIST's.
+    The groups are `ordered`. The rows of one budget on CIFAR-10 where there are any, else MNIST's.
     """
     for dataset, pattern in (("cifar10", "cifar10-*"), ("mnist", "*")):
         found = [group for group in named(groups, [pattern])
@@ -358,3 +485,15 @@ def main_groups(groups):
         if found:
             break
     return dataset, best_known(found)
+
+
+def sets(groups):
+    """Lists of groups that share all settings, the most robust list and group first."""
+    found = []
+    for group in sorted(groups, key=lambda group: -number(group, "aa").mean):
+        same = [members for members in found if same_settings(members[0][0], group[0])]
+        if same:
+            same[0].append(group)
+        else:
+            found.append([group])
+    return found

@@ -104,3 +104,18 @@ def choices(parameters):
     """Every combination that a sweep's grid has."""
     values = [entry.get("values", [entry.get("value")]) for entry in parameters.values()]
     return [dict(zip(parameters, chosen)) for chosen in itertools.product(*values)]
+
+
+def test_papers_are_cited_as_on_the_pages():
+    """Each paper's title and link are those of results/claims.json."""
+    claims = json.loads((Path(__file__).parent.parent / "results" / "claims.json").read_text())
+    text = " ".join(README.split())
+    assert len(claims) == 5
+    for about in claims.values():
+        titles = re.findall(r"\*([^*]+)\*", about["paper"])
+        assert titles and all(title.partition(":")[0] in text for title in titles), about["paper"]
+        assert f"({about['link']})" in README and f"({about['link']})" in page(about)
+
+
+def page(about):
+    return (Path(__file__).parent.parent / "results" / about["page"]).read_text()

@@ -1,4 +1,4 @@
-"""results/report.py: seeds, means, intervals, verdicts, new and missing rows, and its --check."""
+"""results/report.py: seeds, means, intervals, verdicts, advice, new and missing rows, --check."""
 
 import json
 import math
@@ -90,7 +90,18 @@ def test_seeds_are_one_group_and_their_mean_and_deviation_are_right(folder):
     assert (value.low, value.high) == pytest.approx([100 * x for x in evaluate.wilson(0.84, 1000)])
     minutes = runs.number(group, "minutes")
     assert (minutes.mean, minutes.deviation, minutes.n) == (3, 1, None)
-    assert report.written(value) == "84.0 ± 4.0 (81.6-86.1), n 1,000"
+    assert report.written(value) == "84.0±4.0 (81.6-86.1), n=1,000"
+
+
+def test_two_seeds_are_shown_as_two_values(folder):
+    """Of 80 and 84 % a mean and a deviation would say less than both, of 72.8 and 1 % nothing."""
+    (folder / "new-r2-s2.json").unlink()
+    value = runs.number(group_of(folder, "new-r2"), "aa")
+    assert report.written(value, 1000) == "80.0 / 84.0"
+    assert report.written(value) == "80.0 / 84.0, n=1,000"
+    figure = draw.methods(runs.grouped(runs.load(folder)))
+    line = next(line for line in figure["panels"][0]["lines"] if line["label"].startswith("r2"))
+    assert list(line["y"]) == pytest.approx([80, 84]) and "interval" not in line
 
 
 @pytest.mark.parametrize("change", [dict(lam=1.0), dict(method="r1"), dict(init="runs/a.pt"),
@@ -153,8 +164,7 @@ def test_the_interval_of_a_difference_is_newcombes_and_welchs():
     assert runs.interval(*one, 1) == pytest.approx((14 - half, 14 + half), abs=0.01)
 
 
-@pytest.mark.parametrize("above, verdict", [(10, "holds"), (28, "not distinguishable"),
-                                            (60, "fails")])
+@pytest.mark.parametrize("above, verdict", [(10, "holds"), (28, "undecided"), (60, "fails")])
 def test_the_verdict_asks_for_the_whole_interval(folder, above, verdict):
     """Seeds of 36, 38, 40 % and 10, 6, 8 %: the difference is 30."""
     for seed, (a, b) in enumerate(((0.36, 0.10), (0.38, 0.06), (0.40, 0.08))):
@@ -165,17 +175,34 @@ def test_the_verdict_asks_for_the_whole_interval(folder, above, verdict):
     assert runs.compare(groups, test).verdict == verdict
 
 
-def test_a_verdict_of_one_seed_says_so_and_without_a_side_it_is_not_run(folder):
+def test_verdicts_are_counted_and_one_seed_and_a_missing_side_are_said(folder):
     write(folder, "old", "nt", 0, {"aa": 0.5})
     groups = runs.grouped(runs.load(folder))
     test = dict(say="", method=["old"], control=["new-fgsm-at-s0"], column=["pgd-20", "aa"],
                 above=0)
     compared = runs.compare(groups, test)
-    assert (compared.verdict, compared.column) == ("holds, one seed", "aa")
+    assert (compared.verdict, compared.column) == ("holds", "aa")
+    assert compared.difference == pytest.approx(49)
     missing = runs.compare(groups, dict(test, control=["nobody-s*"]))
-    assert missing.verdict == "not run"
-    assert runs.concluded([compared, missing]) == "holds, one seed (1 of 2 comparisons run)"
-    assert runs.concluded([missing]) == "not run"
+    several = runs.compare(groups, dict(test, control=["new-r2-s*"]))
+    assert (missing.verdict, several.verdict) == ("not run", "fails")
+    assert report.verdict_words([compared, missing]) == "holds: 1, not run: 1 (one seed)"
+    assert report.verdict_words([compared, several]) == "holds: 1, fails: 1"
+    assert report.verdict_words([missing]) == "not run: 1"
+    assert runs.seeds_of([compared, several, missing]) == [1, 3]
+
+
+def test_times_of_one_seed_have_no_interval(folder):
+    """Minutes: 2 against a fifth of 2 differ by 1.6, from neither images nor seeds."""
+    claims = json.loads((folder / "claims.json").read_text())
+    claims["sat_rx"]["claims"][0]["tests"] = [dict(
+        say="", method=["new-r2-s0"], control=["new-fgsm-at-s0"], column="minutes", times=0.2,
+        below=0)]
+    for seed in (1, 2):
+        (folder / f"new-r2-s{seed}.json").unlink()
+    (folder / "claims.json").write_text(json.dumps(claims))
+    run(folder)
+    assert "| 1.6, no interval | below 0 | fails (one seed) |" in (folder / "sat_rx.md").read_text()
 
 
 def test_a_curve_is_read_at_the_methods_own_place(folder):
@@ -214,7 +241,7 @@ def test_a_new_json_is_a_new_row_in_table_and_figure_and_a_missing_one_is_not_ru
     page = (folder / "sat_rx.md").read_text()
     ours = page[page.index("**SAT-R1**"):].splitlines()[1]
     assert ours == "| ours | not run | not run |"
-    assert "| above 0 | holds |" in page
+    assert "| above 0 | holds |" in page and "| 83.0 (" in page
     assert "EAT**, paper | 99.37 | 0.34 |" in page
     before = draw.collect(runs.grouped(runs.load(folder)))["methods"]
     write(folder, "new-r1-s0", "r1", 0, {"clean": 0.97, "aa": 0.71})
@@ -222,6 +249,7 @@ def test_a_new_json_is_a_new_row_in_table_and_figure_and_a_missing_one_is_not_ru
     run(folder)
     for name in ("front.md", "sat_rx.md"):
         assert "71.0 (68.1-73.7)" in (folder / name).read_text()
+        assert "| r1\\* | lenet+ |" in (folder / name).read_text()
     after = draw.collect(runs.grouped(runs.load(folder)))["methods"]
     assert len(after["panels"][0]["lines"]) == len(before["panels"][0]["lines"]) + 1
     assert (folder / "figures" / "methods.png").exists() and run(folder, "--check") == 0
@@ -250,6 +278,110 @@ def test_cifar10s_rows_replace_mnists_in_the_main_table(folder):
     run(folder)
     text = (folder / "front.md").read_text()
     assert "CIFAR-10, L-infinity, eps 8/255" in text and "44.0" in text and "84.0" not in text
+
+
+def change(folder, name, **args):
+    """Another value of some flags, in a JSON that is there."""
+    path = folder / f"{name}.json"
+    facts = json.loads(path.read_text())
+    facts["args"].update(args)
+    path.write_text(json.dumps(facts))
+
+
+def table_rows(folder):
+    """The main table's rows: method -> its cells."""
+    lines = [line for line in (folder / "front.md").read_text().splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {row[1]: row for row in rows}
+
+
+def test_a_new_row_replaces_an_older_one_and_an_ablation_does_not(folder):
+    """The row is the one that claims.json names first, whatever its epochs, seeds and name."""
+    write(folder, "a-r2-ablation", "r2", 0, {"clean": 0.98, "aa": 0.22}, schedule="paper")
+    change(folder, "a-r2-ablation", lam=0.0)
+    claims = json.loads((folder / "claims.json").read_text())
+    claims["sat_rx"]["claims"][0]["tests"] = [
+        dict(say="", method=[new], control=["nobody"], column="aa", above=0)
+        for new in ("best-r2-s*", "new-r2-s*", "a-r2-*")]
+    (folder / "claims.json").write_text(json.dumps(claims))
+    run(folder)
+    assert "84.0±4.0" in table_rows(folder)["r2\\*"][8]  # of before --schedule: marked
+    write(folder, "best-r2-s0", "r2", 0, {"clean": 0.98, "aa": 0.66}, schedule="paper")
+    change(folder, "best-r2-s0", lam=7.0)
+    run(folder)
+    rows = table_rows(folder)
+    assert rows["r2"][8].startswith("66.0") and "r2\\*" not in rows
+    assert "84.0±4.0" in (folder / "sat_rx.md").read_text()
+
+
+def test_rows_of_other_settings_are_in_no_set(folder):
+    """Those of equal settings share a letter and stand together, the most robust first."""
+    write(folder, "new-r1-s0", "r1", 0, {"clean": 0.97, "aa": 0.71})
+    write(folder, "new-r3-s0", "r3", 0, {"clean": 0.97, "aa": 0.81})
+    for name in ("new-r2-s0", "new-r2-s1", "new-r2-s2", "new-r1-s0", "new-fgsm-at-s0"):
+        change(folder, name, lr=0.01)
+    change(folder, "new-r3-s0", lr=0.05)
+    run(folder)
+    rows = table_rows(folder)
+    assert {name: (row[4], row[5]) for name, row in rows.items()} == {
+        "r2\\*": ("0.01", "A"), "r1\\*": ("0.01", "A"), "fgsm-at\\*": ("0.01", "A"),
+        "r3\\*": ("0.05", "-")}
+    assert list(rows) == ["r2\\*", "r1\\*", "fgsm-at\\*", "r3\\*"]
+
+
+def test_advice_is_shown_while_the_networks_support_it(folder):
+    (folder / "front.md").write_text("<!-- advice: begin -->\n<!-- advice: end -->\n")
+    claims = json.loads((folder / "claims.json").read_text())
+    test = dict(claims["sat_rx"]["claims"][0]["tests"][0], above=50)
+    claims["sat_rx"]["advice"] = [{"text": "Take R2: {method} %, not {control} %.",
+                                   "while": ["holds"], "tests": [test]}]
+    (folder / "claims.json").write_text(json.dumps(claims))
+    run(folder)
+    assert "Take R2: 84.0±4.0 (81.6-86.1), n=1,000 %, not 1.0" in (folder / "front.md").read_text()
+    write(folder, "new-fgsm-at-s0", "fgsm-at", 0, {"clean": 0.99, "aa": 0.7})
+    run(folder)
+    assert "Take R2" not in (folder / "front.md").read_text()
+
+
+def test_the_index_begins_with_a_table_and_has_every_command_on_record(folder):
+    path = folder / "new-fgsm-at-s0.json"
+    facts = json.loads(path.read_text())
+    facts["outcomes"][0]["command"] = "python evaluate.py --ckpt a.pt --attacks clean"
+    path.write_text(json.dumps(facts))
+    run(folder)
+    index = (folder / "README.md").read_text()
+    row = ("| [new-fgsm-at-s0](new-fgsm-at-s0.json) | sat_rx | fgsm-at\\* | lenet+ | mnist | 0 | "
+           "99.0 (98.2-99.5), n=1,000 | 1.0 (0.5-1.8), n=1,000 |")
+    assert row in index and index.index(row) < index.index("## Commands")
+    part = index[index.index("**[new-fgsm-at-s0]"):].partition("\n\n")[0]
+    assert part.count("* evaluated at") == 2 and "--ckpt a.pt --attacks clean`" in part
+
+
+def test_a_page_names_the_network_that_a_run_starts_from(folder):
+    """With its command where that is on another page."""
+    write(folder, "other", "pgd-at", 0, {"clean": 0.9}, script="iaat")
+    write(folder, "from-two", "nt", 0, {"clean": 0.9})
+    change(folder, "from-two", init="runs/new-r2-s1.pt", teacher="runs/other.pt",
+           source="runs/lost.pt")
+    run(folder)
+    page = (folder / "sat_rx.md").read_text()
+    part = page[page.index("* `from-two`"):].partition("\n* ")[0]
+    assert "needs `runs/new-r2-s1.pt`, that of `new-r2-s1`<br>" in part
+    assert ("needs `runs/other.pt`, that of `other`, by `python iaat.py --ckpt runs/other.pt`"
+            in part)
+    assert "needs `runs/lost.pt`, not on record" in part
+
+
+@pytest.mark.parametrize("column", ["un-50x20", "cw-50x20", "pgd-cw-50x20"])
+def test_an_attack_has_one_name_in_all_tables(column):
+    assert report.title(column) == "PGD-CW-50x20"
+
+
+def test_a_verdict_without_signs_does_not_read_as_robust(folder):
+    facts = dict(verdict="verdict: sound, no sign of masked gradients in 10 tests", findings=[])
+    (folder / "verdict-nt.json").write_text(json.dumps(facts))
+    assert ("| no sign of masked gradients in 10 tests (says nothing about robustness) |"
+            in report.verdicts(folder))
 
 
 def test_labels_beside_a_panel_do_not_overlap():
@@ -292,7 +424,8 @@ def budget(settings, n):
 def test_each_claim_compares_with_known_columns_and_every_page_says_so():
     claims = json.loads((RESULTS / "claims.json").read_text())
     for about in claims.values():
-        for claim in about["claims"]:
+        for claim in about["claims"] + about.get("advice", []):
+            assert set(claim.get("while", [])) <= set(runs.VERDICTS)
             for test in claim["tests"]:
                 assert {"above", "below"} & set(test), test["say"]
                 assert set(test) <= {"say", "method", "control", "column", "control_column",
