@@ -104,7 +104,7 @@ def links(group, prefix=""):
         for name in network.names:
             which = f"{seed(network)}" if name == network.names[0] else "more"
             texts.append(f"[{which}]({prefix}{name}.json)")
-    return " ".join(texts)
+    return ",".join(texts)
 
 
 def trained_on(group):
