@@ -49,6 +49,7 @@ row() {  # NAME: one row of the table
 
 if [ "$what" = lr ]; then
   for lr in 0.1 0.2 0.3; do run "lr-$lr" sat_rx.py --method pgd-at $pgd --epochs 3; done
+  python results/budget.py "$out"
 else
   lr=$1
   shift

@@ -11,23 +11,24 @@ sentences of advice, which are shown while the networks that they name support t
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+import budget
 import common
 import draw
 import evaluate
+import speed
+from cells import (SEEDS, links, name_with_mark, named_once, numbers_table, table, title,
+                   trained_on, written)
 from runs import (VERDICTS, alone, asked, claim_text, commands, commits, common_n, compare, counted,
                   epochs, grouped, label, load, main_groups, method, name_of, named, needs, number,
                   older, ordered, seed, seeds_of, sets, threshold, trained)
 
 COUNTS = ("Each claim is tested by comparisons. One holds where the whole 95 % interval of its "
           "difference agrees, fails where none of it does, else it is undecided.")
-SEEDS = ("Two seeds: both values; more: mean±deviation; in brackets: the 95 % interval from n "
-         "images.")
 PAGE = ("PGD-CW is PGD on the margin between two logits: the papers' C&W, `un` and `cw` in older "
         "commands. Behind @ stands PGD's step where it is not evaluate.py's own. \\*: an older "
         "run. [Names](README.md#names). Minutes come from unlike machines and loads.")
@@ -50,97 +51,16 @@ WORDS = {  # of results/README.md
 }
 
 
-# ------------------------------------------------------------------------------------------ cells
-
-def written(value, n=None, spread=True):
-    """A Number as a cell. n: the column's number of images.
-
-    One seed: value (interval). Two: both values. More: mean +- deviation (interval). spread False
-    leaves the interval out.
-    """
-    if value is None:
-        return "not run"
-    digits = 2 if (value.n or 0) > 1000 else 1
-    text = f"{value.mean:.{digits}f}"
-    if len(value.values) == 2:
-        text = " / ".join(f"{one:.{digits}f}" for one in value.values)
-    elif value.deviation is not None:
-        text += f"±{value.deviation:.{digits}f}"
-    if value.n and spread and len(value.values) != 2:
-        text += f" ({value.low:.1f}-{value.high:.1f})"
-    if value.n and value.n != n:
-        text += f", n={value.n:,}"
-    return text
-
-
-def title(column):
-    """A column's heading: of an attack under several names always the same one."""
-    column = evaluate.canonical(column)
-    name, mark, rest = re.fullmatch(r"([^:@]*)(.?)(.*)", column).groups()
-    known = {"clean": "clean", "aa": "AutoAttack", "minutes": "minutes", "ms": "ms a batch",
-             "corruptions": "corruptions", "rays-40000": "RayS-40000"}
-    words = known.get(name) or (name if " " in name else re.sub(r"X(?=\d)", "x", name.upper()))
-    return f"{words}, eps {rest}" if mark == ":" else f"{words}{mark}{rest}"
-
-
 # ----------------------------------------------------------------------------------------- tables
 
-def named_once(rows):
-    """The rows, their first cell empty where it is that of the row above."""
-    above = [None, *(row[0] for row in rows)]
-    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, above)]
+def main_table(groups, claims, folder, prefix="results/"):
+    """README's table: script by script, rows that share all settings together, under a letter.
 
-
-def table(heads, rows):
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def links(group, prefix=""):
-    """The group's JSON files as links, named by the seed."""
-    texts = []
-    for network in group:
-        for name in network.names:
-            which = f"{seed(network)}" if name == network.names[0] else "more"
-            texts.append(f"[{which}]({prefix}{name}.json)")
-    return ",".join(texts)
-
-
-def trained_on(group):
-    """The network, and the part of the data that it was trained on where it is not all."""
-    args = group[0].facts["args"]
-    words = [group[0].facts["model"]]
-    if args.get("classes"):
-        words.append(f"classes {common.shown(args['classes'])}")
-    if args.get("limit"):
-        words.append(f"{args['limit']:,} images")
-    return ", ".join(words)
-
-
-def name_with_mark(group):
-    """The method, with the mark of an older run."""
-    return method(group[0]) + ("\\*" if older(group[0]) else "")
-
-
-def numbers_table(groups, columns, first, last, spread=lambda column: True):
-    """A table of groups: first(group) cells, a cell per column, last(group) cells.
-
-    spread(column): whether its cells have an interval.
+    Where CIFAR-10 has enough rows under one budget, their table.
     """
-    values = [[number(group, column) for column in columns] for group in groups]
-    ns = [common_n(column) for column in zip(*values)]
-    heads = [title(column) + (f", n={n:,}" if n else "") for column, n in zip(columns, ns)]
-    rows = []
-    for group, row in zip(groups, values):
-        cells = [written(value, n, spread(column)) for value, n, column in zip(row, ns, columns)]
-        rows.append([*first(group), *cells, *last(group)])
-    return heads, rows
-
-
-def main_table(groups, claims, prefix="results/"):
-    """README's table: script by script, rows that share all settings together, under a letter."""
     dataset, chosen = main_groups(groups)
+    if dataset == "cifar10":
+        return budget.budget_table(groups, claims, folder, prefix)
     members = []
     for script in dict.fromkeys([*claims, *(script for script, _ in chosen)]):
         members += sets([group for (its, _), group in chosen.items() if its == script])
@@ -412,7 +332,8 @@ def index(groups, claims, folder):
             files |= {name: alone(folder, name) for name in network.names}
     parts = ["# Results", "Made by `python results/report.py`; `--check` fails where a table and "
              "the JSON files disagree. Pages: " + ", ".join(
-                 f"[{about['name']}]({about['page']})" for about in claims.values()) + ".",
+                 f"[{about['name']}]({about['page']})" for about in claims.values()) + ", "
+             "[five methods on CIFAR-10](cifar10.md), [speed](speed.md).",
              "Accuracy in % at the data set's usual eps, in brackets the 95 % interval. \\*: an "
              "older run. A method's two files of one seed are one network, evaluated twice.",
              files_table(files),
@@ -439,11 +360,13 @@ def between(text, mark, content):
     return f"{head}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}"
 
 
-def readme(path, groups, claims):
+def readme(path, groups, claims, folder):
     """README's text with its tables renewed; a line for each pair of markers that it lacks."""
     text = path.read_text()
-    for mark, make in (("advice", advice), ("table", main_table), ("claims", claims_table)):
-        renewed = between(text, mark, make(groups, claims))
+    parts = {"advice": advice(groups, claims), "table": main_table(groups, claims, folder),
+             "claims": claims_table(groups, claims)}
+    for mark, content in parts.items():
+        renewed = between(text, mark, content)
         if renewed is None:
             print(f"{path.name}: no <!-- {mark}: begin --> and end, left as it is")
         text = renewed or text
@@ -456,8 +379,10 @@ def pages(folder, readme_path):
     papers = json.loads((folder / "papers.json").read_text())
     groups = ordered(grouped(load(folder)), claims)
     drawn = draw.collect(groups)
-    texts = {readme_path: readme(readme_path, groups, claims),
+    texts = {readme_path: readme(readme_path, groups, claims, folder),
              folder / "README.md": index(groups, claims, folder)}
+    more = {"speed.md": speed.page(folder), "cifar10.md": budget.page(groups, claims, folder)}
+    texts |= {folder / name: text for name, text in more.items() if text}
     for script, about in claims.items():
         texts[folder / about["page"]] = page(dict(about, script=script), groups, papers, drawn)
     return texts, drawn

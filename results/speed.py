@@ -7,7 +7,10 @@ were measured beside other work cannot be compared.
 
 import json
 
-NAMES = {"pgd-at": "pgd-at-7", "trades": "trades-7", "curriculum": "curriculum"}
+from cells import table
+
+TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000}
+NAMES = {"pgd-at": "pgd-at-7", "trades": "trades-7", "finetune": "dra"}  # there -> here
 NOTES = """\
 * A step is as fast as its bare passes where "of its bare passes" is 1. Where it is below, two
   passes share work.
@@ -41,8 +44,7 @@ def cell(value):
 
 def rows_table(rows):
     """A Markdown table of dictionaries with the same keys."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows])
+    return table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
 
 
 def ratio(measured):
@@ -71,19 +73,35 @@ def page(folder):
     return "\n\n".join(parts) + "\n"
 
 
-def minutes(found, facts):
-    """Training minutes of a run by the benchmark's step, or None where it was not measured.
+def step(found, facts, method=None):
+    """The benchmark's row of a run's step, or None. facts: of a results file."""
+    args = facts["args"]
+    method = method or args["method"]
+    for measured in found["networks"] if found else []:
+        if (measured["network"], measured["batch"], measured["precision"]) == (
+                facts["model"], args["batch_size"], args["precision"]):
+            rows = {row["method"]: row for row in measured["steps"]}
+            return rows.get(NAMES.get(method, method))
+    return None
 
-    facts: a results file. Without validation and start-up.
+
+def minutes(found, facts, passes):
+    """Training minutes of a run by the benchmark's steps, or None. passes: of a step, or None.
+
+    Without validation and start-up. What the benchmark has no row for, as it depends on the
+    images, takes its passes in those of PGD-AT.
     """
     args = facts["args"]
-    method = NAMES.get(args["method"], args["method"])
-    for measured in found["networks"] if found else []:
-        same = (measured["network"] == facts["model"] and measured["batch"] == args["batch_size"]
-                and measured["precision"] == args["precision"])
-        ms = {row["method"]: row["ms"] for row in measured["steps"]}
-        if same and method in ms:
-            images = 50_000 if args["dataset"] == "cifar10" else 60_000
-            steps = (images - args["val"]) // args["batch_size"] * len(facts["history"])
-            return ms[method] * steps / 60_000
-    return None
+    pgd_at = step(found, facts, "pgd-at")
+    if pgd_at is None or args["method"] in ("finetune", "curriculum"):  # steps of several kinds
+        return None
+    own = step(found, facts)
+    if own and args["method"] != "iaat":
+        ms = own["ms"]
+    elif passes:
+        ms = pgd_at["ms"] * passes / (pgd_at["counted"] / 3)
+    else:
+        return None
+    images = args["limit"] or TRAINING_IMAGES[args["dataset"]]
+    steps = (images - args["val"]) // args["batch_size"] * len(facts["history"])
+    return ms * steps / 60_000

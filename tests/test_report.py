@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -12,11 +13,13 @@ import pytest
 
 RESULTS = Path(__file__).parent.parent / "results"
 sys.path.insert(0, str(RESULTS))
+import budget as budget_page
 import common
 import draw
 import evaluate
 import report
 import runs
+import speed
 
 ABOUT = {"sat_rx": {
     "name": "SAT-Rx", "page": "sat_rx.md", "protocol": "sat_rx", "link": "https://example.org",
@@ -268,16 +271,50 @@ def test_a_picture_of_other_data_is_stale_and_one_without_data_goes(folder):
     assert not (pictures / "dra-transfer.png").exists()
 
 
-def test_cifar10s_rows_replace_mnists_in_the_main_table(folder):
-    write(folder, "cifar10-r2", "r2", 0, {"clean": 0.8})
-    path = folder / "cifar10-r2.json"
-    facts = json.loads(path.read_text())
-    facts["dataset"] = "cifar10"
-    facts["outcomes"].append(dict(outcome("aa", 0.44, 1000, "sha-cifar10-r2"), eps=8 / 255))
+def write_budget_row(folder, name, robust, **more):
+    """A row of cifar10.sh: of WRN-16-2, with a batch and a precision that the benchmark has."""
+    write(folder, f"cifar10-{name}", name, 0, {"clean": 0.8}, batch_size=128, limit=None, val=1000,
+          precision="bfloat16")
+    path = folder / f"cifar10-{name}.json"
+    facts = dict(json.loads(path.read_text()), dataset="cifar10", model="wrn-16-2", **more)
+    facts["args"]["dataset"] = "cifar10"
+    facts["outcomes"].append(dict(outcome("aa", robust, 1000, f"sha-cifar10-{name}"), eps=8 / 255))
     path.write_text(json.dumps(facts))
+
+
+def test_cifar10s_rows_replace_mnists_once_there_are_some(folder):
+    """Sorted by AutoAttack, with a page of their own; three are too few for the first page."""
+    for name, robust in (("nt", 0.001), ("pgd-at", 0.452), ("r3", 0.443)):
+        write_budget_row(folder, name, robust)
+    run(folder)
+    assert "CIFAR-10" not in (folder / "front.md").read_text()
+    assert "CIFAR-10" in (folder / "cifar10.md").read_text()
+    write_budget_row(folder, "r2", 0.464, verdict="verdict: sound, no sign of masked gradients: x")
     run(folder)
     text = (folder / "front.md").read_text()
-    assert "CIFAR-10, L-infinity, eps 8/255" in text and "44.0" in text and "84.0" not in text
+    assert "CIFAR-10, L-infinity, eps 8/255" in text and "84.0" not in text
+    robust = re.findall(r"\| ([\d.]+) \(\S+\) \|", text)
+    assert robust == ["46.4", "45.2", "44.3", "0.1"]
+    assert "| no sign of masked gradients |" in text
+    assert "Not run yet: fgsm-at, adv, r1, atlas" in text
+
+
+def test_a_rows_minutes_are_steps_times_the_benchmarks_step(folder):
+    """382 steps an epoch, two epochs: 0.1 s a step make 1.27 minutes, and of PGD-AT's 8 passes
+    IAAT's 4 take half."""
+    steps = [{"method": "r2", "ms": 100.0, "counted": 12.0},
+             {"method": "pgd-at-7", "ms": 400.0, "counted": 24.0}]
+    found = {"networks": [{"network": "wrn-16-2", "batch": 128, "precision": "bfloat16",
+                           "steps": steps}]}
+    write_budget_row(folder, "r2", 0.5)
+    facts = json.loads((folder / "cifar10-r2.json").read_text())
+    assert speed.minutes(found, facts, None) == pytest.approx(2 * 382 * 0.1 / 60)
+    assert speed.minutes(found, dict(facts, model="resnet18"), None) is None
+    assert budget_page.passes(facts, found) == 4
+    facts["args"]["method"] = "iaat"
+    facts["history"] = [{"cost/passes": 3.0}, {"cost/passes": 5.0}]
+    assert budget_page.passes(facts, found) == 4
+    assert speed.minutes(found, facts, 4) == pytest.approx(2 * 382 * 0.2 / 60)
 
 
 def change(folder, name, **args):
