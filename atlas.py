@@ -1,8 +1,9 @@
 """ATLAS: adversarial training via local stability.
 
-Adversarial Training via LocAl Stability, 2021. A weak adversary x' is worth more when the network
-is made stable around it: a small Jacobian there (local), and a prediction that agrees with the one
-at the clean image (global). Eq. 12, with x' in the eps-ball around x:
+Lu and Kumar, "Improving Local Effectiveness for Global robust training", 2021. A weak adversary x'
+is worth more when the network is made stable around it: a small Jacobian there (local), and a
+prediction that agrees with the one at the clean image (global). Eq. 12, with x' in the eps-ball
+around x:
     mean over x of  CE(x') + alpha * ||J(x')||_F^2 + beta * KL(p(x') || p(x))
 
     python atlas.py --steps 1 --alpha 2e-4 --beta 5    # the paper's one-step ATLAS, CIFAR-10

@@ -1,9 +1,9 @@
 """DRA: adversarial fine-tuning with a dynamically regulated adversary.
 
-Adversarial Fine-tune with Dynamically Regulated Adversary, 2022. As robust as possible at no loss
-of clean accuracy (eq. 7): a network that was trained on clean images is fine-tuned on clean and on
-adversarial batches in turn. The adversary follows the gradient itself, not its sign, and changes
-the most salient values only (algorithm 1).
+Hou et al., "Adversarial Fine-tune with Dynamically Regulated Adversary", 2022. As robust as
+possible at no loss of clean accuracy (eq. 7): a network that was trained on clean images is
+fine-tuned on clean and on adversarial batches in turn. The adversary follows the gradient itself,
+not its sign, and changes the most salient values only (algorithm 1).
     min over theta of  E max CE(x + delta, y)   such that   E CE(x; theta) <= E CE(x; theta_std)
 
     python dra_finetune.py                        # CIFAR-10, ResNet-50: both phases

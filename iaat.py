@@ -1,9 +1,10 @@
 """IAAT: instance-adaptive adversarial training.
 
-Instance adaptive adversarial training: Improved accuracy tradeoffs in neural nets, 2020. One eps
-for all asks for the impossible where classes lie close. So every training image has its own: it
-grows a little while PGD (projected gradient descent) fails to change the prediction, and shrinks
-where PGD does (algorithm 2). Eq. 2, solved as adversarial training is (algorithm 1):
+Balaji, Goldstein and Hoffman, "Instance adaptive adversarial training: Improved accuracy tradeoffs
+in neural nets", 2019. One eps for all asks for the impossible where classes lie close. So every
+training image has its own: it grows a little while PGD (projected gradient descent) fails to
+change the prediction, and shrinks where PGD does (algorithm 2). Eq. 2, solved as adversarial
+training is (algorithm 1):
     min over weights of  sum over i of  max over |delta_i| <= eps_i of  CE(f(x_i + delta_i), y_i)
 
     python iaat.py                     # the paper's settings: CIFAR-10, ResNet-18, 200 epochs

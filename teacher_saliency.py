@@ -1,6 +1,7 @@
 """Teacher-guided saliency curriculum: robustness without an adversary.
 
-Teacher-guided saliency-based robust training, 2021. The input gradients of an adversarially trained
+Sarkar et al., "Get Fooled for the Right Reason: Improving Adversarial Robustness through a
+Teacher-guided Curriculum Learning Approach", 2021. The input gradients of an adversarially trained
 teacher show where the object is. Phase 1 aligns the student's saliency with the teacher's (eq. 13).
 Phase 2 also makes the gradient of the student's loss agree with the k % most salient pixels of the
 teacher's map, k falling (eq. 16). A distance and a discriminator compare the maps:
