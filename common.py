@@ -2631,8 +2631,9 @@ class Run:
                  f"{config['model']}: {len(train.labels):,} training and {len(val.labels):,} "
                  "validation images",
                  self.told_flags(reads),
-                 f"trains in {self.precision} on {self.provenance['hardware']}; writes {self.path}, "
-                 f"{self.log_path.name} (this log) and {self.resume_path.name} (for --resume)"]
+                 f"trains in {self.precision} on {self.provenance['hardware']}; writes "
+                 f"{self.path}, {self.log_path.name} (this log) and {self.resume_path.name} (for "
+                 "--resume)"]
         if len(val.labels):
             lines.append("columns with %: accuracy on the validation images (chance: "
                          f"{100 / self.facts['classes']:.3g} %); {attacks}")
