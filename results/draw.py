@@ -126,8 +126,8 @@ def masking(groups):
         scale = "symlog" if key == "loss_gap" else "log"
         panels.append(dict(title=text, xlabel="epoch", ylabel="", lines=lines, scale=scale))
     return dict(paper="sat_rx", alt="Signals of gradient masking, figs. 1 and 2 of the paper",
-                title=f"Signals of masked gradients: {eps_of(dataset)}\nheld-out images; without "
-                "masking the lines stay low", panels=panels, columns=1)
+                title=f"Signals of masked gradients: {eps_of(dataset)}\nheld-out images; high "
+                "where gradients are masked, and for nt, which has no defence", panels=panels, columns=1)
 
 
 def tradeoff(groups):
