@@ -275,6 +275,8 @@ def page(about, groups, papers, figures):
     recipes = [recipe(network, made) for group in sorted(own, key=label) for network in group]
     shown = [f"![{figure['alt']}](figures/{name}.png)" for name, figure in figures.items()
              if figure["paper"] == about["script"]]
+    shown += [f"![{picture['file']}](figures/{picture['file']})\n\n{picture['text']} By `python "
+              "evaluate.py --ckpt RUN --plots DIR`." for picture in about.get("pictures", [])]
     parts = [f"# {about['name']}", f"{about['paper']} [The paper]({about['link']}), "
              f"[the script](../{about['script']}.py), [all results](README.md).",
              f"Made by `python results/report.py` from the JSON files. Accuracy in %. {SEEDS} "
