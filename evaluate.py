@@ -2172,6 +2172,10 @@ def print_protocol(protocol, dataset, outcomes):
         text += "; its radii are in units of normalised images"
     print(f"{text}.")
     print_rows(names, rows)
+    others = [other["table"] for other in table.get("more", [])]
+    if others:
+        print(f"More of the paper on {dataset}: {', '.join(others)}. Their rows are in "
+              "results/papers.json, their commands in results/README.md.")
 
 
 def canonical(name):

@@ -21,6 +21,7 @@ import common
 import draw
 import evaluate
 import speed
+import tables
 from cells import (SEEDS, links, name_with_mark, named_once, numbers_table, table, title,
                    trained_on, written)
 from runs import (VERDICTS, alone, asked, claim_text, commands, commits, common_n, compare, counted,
@@ -344,6 +345,8 @@ def index(groups, claims, folder):
              "## Commands", "The pages have commands for every number. A file keeps the "
              "evaluations that are listed here, an older one only its last."]
     parts += [file_part(name, network, folder) for name, network in files.items()]
+    parts += ["## Every table of the five papers", tables.ABOUT,
+              table(*tables.every_table(groups, claims, folder))]
     parts += ["## The verdict of `evaluate.py --sanity`", "On networks whose state is known: "
               "[verdict.sh](verdict.sh) has the commands, [verdict_nets.py](verdict_nets.py) "
               "the layers that hide a gradient.", verdicts(folder)]
