@@ -169,6 +169,9 @@ def paper_tables(about, groups, papers):
         protocol = dict(step=known["step"], start=known["start"])
         parts += [f"{printed['table']}, {dataset}, eps {printed['eps']}:",
                   paper_table(printed, ours, groups, protocol)]
+        for other, its in tables.measured_others(printed, about, dataset, groups):
+            parts += [f"{other['table']}, {other['caption']}, {dataset}, eps {other['eps']}:",
+                      paper_table(other, its, groups, protocol)]
     return "\n\n".join(parts)
 
 

@@ -53,6 +53,22 @@ def can_be_measured(column, dataset):
     return True
 
 
+def measured_others(main, about, dataset, groups):
+    """[(table, {row: names of JSON files})] of the tables beside a main one that have our rows.
+
+    Those whose columns are attacks, and where a network has been attacked by one of them.
+    """
+    found = []
+    for printed in main.get("more", []):
+        ours = ours_of(printed, about, dataset)
+        networks = [group for row in printed["rows"] for group in named(groups, ours.get(row, []))]
+        if (all(can_be_measured(column, dataset) for column in printed["columns"])
+                and any(number(group, column) for group in networks
+                        for column in printed["columns"] if column != "clean")):
+            found.append((printed, ours))
+    return found
+
+
 def model_of(row):
     """The backbone that a row begins with: resnet18 of "ResNet-18 IAAT"; else any other word."""
     return row.split()[0].lower().replace("wideresnet", "wrn").replace("resnet-", "resnet")
@@ -66,8 +82,9 @@ def is_smaller(network, script, row):
     args = network.facts["args"]
     dataset = network.facts["dataset"]
     module = importlib.import_module(script)
-    tables = getattr(module, "PAPER_WRN", module.PAPER)
-    tables = tables if model_of(row).startswith("wrn") else module.PAPER
+    tables = module.PAPER
+    if model_of(row).startswith("wrn"):
+        tables = getattr(module, "PAPER_WRN", tables)
     settings = tables.get(dataset, {})
     if args.get("limit") or args.get("classes"):
         return True
@@ -129,9 +146,6 @@ def command_cell(entry):
     lines = [f"`{command}`" for command in entry["commands"]]
     if "note" in entry:
         lines.append(f"({entry['note']})")
-    drawn = any("--plots" in command for command in entry["commands"])
-    if entry["table"].startswith("Fig") and not drawn:
-        lines.append("(the numbers of the figure: no command draws it)")
     return "<br>".join(lines)
 
 

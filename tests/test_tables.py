@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 sys.path.insert(0, str(RESULTS))
 import common
 import evaluate
+import report
 import tables
 from conftest import flags_of, run_main
 from test_data_models import three_classes, tiny_imagenet
@@ -134,7 +135,10 @@ def test_every_table_and_figure_is_listed_once(protocol):
         assert sorted(numbers) == list(range(1, counts[protocol] + 1))
     for entry in LISTS[protocol]:
         assert ("commands" in entry) != ("none" in entry), entry["table"]
-        assert "|" not in json.dumps(entry.get("commands", [])), "it would end a cell"
+        commands = json.dumps(entry.get("commands", ["--plots"]))
+        assert "|" not in commands, "it would end a cell"
+        if entry["table"].startswith("Fig"):
+            assert "--plots" in commands or "draws" in entry["note"]
 
 
 @pytest.mark.parametrize("protocol", LISTS)
@@ -182,6 +186,26 @@ def test_a_network_makes_its_row_run(tmp_path, changes, said):
     assert tables.what_was_run(far, about, grouped(load(tmp_path)), PAPERS) == "not run"
 
 
+def test_other_tables_are_on_the_page_where_a_network_was_attacked(tmp_path):
+    """Table 7 has a row of the network, also under its other name; table 9 was not attacked."""
+    about = dict(protocol="sat_rx", rows={"mnist": {"SAT-R2": ["r2-s*"]}})
+    main = dict(PAPERS["sat_rx"]["mnist"])
+    other, = [table for table in main["more"] if table["table"] == "Table 7"]
+    main["more"] = [dict(other, ours={"Ablation-R2-1": ["r2-1-s*"]})
+                    if table is other else table for table in main["more"]]
+    write(tmp_path, "r2-s0", "r2", 0, {"clean": 0.98}, ce_all=False)
+    write(tmp_path, "r2-1-s0", "r2", 0, {"clean": 0.97}, ce_all=True)
+    papers = {"sat_rx": {"mnist": main}}
+    page = report.paper_tables(about, grouped(load(tmp_path)), papers)
+    assert "Table 3, mnist" in page and "Table 7" not in page
+    write(tmp_path, "r2-1-s0", "r2", 0, {"clean": 0.97, "fgsm": 0.75}, ce_all=True)
+    page = report.paper_tables(about, grouped(load(tmp_path)), papers)
+    shown = page[page.index("Table 7"):]
+    ablation = shown[shown.index("**Ablation-R2-1**, paper | 95.39 |"):].splitlines()[1]
+    assert "| 75.0 (72.2-77.6) |" in ablation and "ours, r2 (lenet+)" in shown
+    assert "Table 9" not in page and "Table 6" not in page
+
+
 # ----------------------------------------------------------------------------------- they start
 
 def start(words, *changes):
@@ -204,7 +228,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_launch_tinyimagenet_and_its_teacher(folder, three_classes, capsys):
+def test_tinyimagenet_and_its_teacher_start(folder, three_classes, capsys):
     """Saliency, tables 10, 3 and 8: training on TinyImageNet's folder; its teacher for a student of
     CIFAR-10; phase 2 that begins with the teacher.
     """
@@ -215,7 +239,7 @@ def test_launch_tinyimagenet_and_its_teacher(folder, three_classes, capsys):
         arrays[f"{split}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(n) % 10
     np.savez(folder / "data" / "cifar10.npz", **arrays)
-    short = ["--model", "wrn-10-1", "--batch-size", 4, "--teacher-epochs", 1, "--val", 2]
+    short = ["--model", "wrn-10-1", "--batch-size", 10, "--teacher-epochs", 1, "--val", 2]
     both = [*short, "--align-epochs", 1, "--ks", 50, "--k-epochs", 1]
     train, look = calls_of("saliency", "Table 10")
     start(train, *both, "--attack-steps", 1)
@@ -244,7 +268,7 @@ def image_folders(folder):
         (root / "train" / place.name).symlink_to(place)
 
 
-def test_launch_imagenet_tables(folder, monkeypatch, capsys):
+def test_the_tables_of_imagenet_start(folder, monkeypatch, capsys):
     """SAT-Rx, table 5, and IAAT, table 4: folders of images, two surrogates, ImageNet-C."""
     for name in ("imagenet", "imagenet100"):
         for key, value in dict(classes=3, shape=(3, 32, 32), images=9).items():
