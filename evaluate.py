@@ -2361,7 +2361,7 @@ def measure(model, task, corrupted, args, record, notes):
 def summary(facts, attack):
     """An outcome's numbers from the facts of its samples."""
     measured = dict(accuracy=float((facts[:, 0] == 1).mean()), largest=float(facts[:, 1].max()),
-                    nonfinite=float(facts[:, 4].mean()))
+                    ce=float(facts[:, 3].mean()), nonfinite=float(facts[:, 4].mean()))
     if ATTACKS[attack.kind].norm == "l2":  # of what it fools, not what was wrong before
         fooled = (facts[:, 0] == 0) & (facts[:, 2] > 0)
         measured["mean_l2"] = float(facts[fooled, 2].mean()) if fooled.any() else None

@@ -196,6 +196,20 @@ def foreign(tmp_path_factory):
     return folder, net.eval()
 
 
+def test_an_outcome_has_the_mean_cross_entropy(foreign, tmp_path):
+    """On clean images that of the plain network (saliency paper, table 7)."""
+    folder, net = foreign
+    images, labels = common.digits("test")
+    with torch.no_grad():
+        wanted = nn.functional.cross_entropy(
+            net(torch.from_numpy(images).float() / 255), torch.from_numpy(labels)).item()
+    evaluate_main("--ckpt", folder / "weights.pt", "--model", f"{folder / 'net.py'}:make",
+                  "--dataset", "digits", "--limit", 0, "--attacks", "clean",
+                  "--record", tmp_path / "r.json")
+    outcome, = json.loads((tmp_path / "r.json").read_text())
+    assert outcome["ce"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_autoattack_of_a_foreign_network_is_the_packages(foreign):
     """A bare state_dict and its own file of code.
 
@@ -756,7 +770,7 @@ def test_an_interrupted_overwrite_leaves_no_half_outcome(digits_run, tmp_path):
     evaluate_main(*words)
     outcome, = json.loads((tmp_path / "run.eval.json").read_text())
     record = evaluate.Record(digits_run, [outcome["weights_sha256"]], tmp_path / "run.eval")
-    measured = ("accuracy", "interval", "largest", "nonfinite", "seconds", "warnings", "key")
+    measured = ("accuracy", "interval", "largest", "ce", "nonfinite", "seconds", "warnings", "key")
     settings = {k: v for k, v in outcome.items() if k not in measured}
     whole = record.find(settings)[1]
     half = whole.copy()
