@@ -121,7 +121,8 @@ def page(groups, claims, folder):
     parts = ["# Five methods on CIFAR-10, one budget", "Made by `python results/report.py`. "
              "[cifar10.sh](cifar10.sh) has every command. `python evaluate.py --ckpt "
              "results/weights/NAME.pt --protocol table` measures a row again.",
-             budget_table(groups, claims, folder), "## The budget", BUDGET, "## What differs", DEVIATIONS]
+             budget_table(groups, claims, folder), "## The budget", BUDGET,
+             "## What differs", DEVIATIONS]
     found = search(folder)
     if found:
         parts += ["## The learning rate", "PGD-AT for 3 epochs, 1,000 validation images. Decided "

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import evaluate
-from runs import common_n, method, number, older, seed
+from runs import common_n, number, older, seed, shown_method
 
 SEEDS = ("Two seeds: both values; more: mean±deviation; in brackets: the 95 % interval from n "
          "images.")
@@ -83,7 +83,7 @@ def trained_on(group):
 
 def name_with_mark(group):
     """The method, with the mark of an older run."""
-    return method(group[0]) + ("\\*" if older(group[0]) else "")
+    return shown_method(group[0]) + ("\\*" if older(group[0]) else "")
 
 
 def numbers_table(groups, columns, first, last, spread=lambda column: True):

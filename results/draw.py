@@ -10,7 +10,8 @@ import json
 import numpy as np
 
 import common
-from runs import best_known, label, main_groups, measured, method, named, number, older
+from runs import (best_known, label, main_groups, measured, method, named, number, older,
+                  shown_method)
 
 NAMES = ("methods", "overfitting", "masking", "iaat-tradeoff", "dra-transfer")
 SIZE = 11  # of the text, in points, of a picture 8 inches wide: about 15 pixels in a README
@@ -46,14 +47,14 @@ def methods(groups):
     """
     dataset, chosen = main_groups(groups)
     lines = []
-    for group in chosen.values():
+    for group in chosen:
         clean = number(group, "clean")
         aa = number(group, "aa")
         if not clean:
             continue
         script = group[0].facts["script"]
         mark = "*" if older(group[0]) else ""
-        line = dict(label=f"{method(group[0])}{mark} ({script})", x=[clean.mean], y=[aa.mean],
+        line = dict(label=f"{shown_method(group[0])}{mark} ({script})", x=[clean.mean], y=[aa.mean],
                     colour=COLOURS.get(script, 5), style="o", seeds=[])
         seeds = [(measured(network, "clean"), measured(network, "aa")) for network in group]
         seeds = [[100 * x["accuracy"], 100 * y["accuracy"]] for x, y in seeds if x and y]
@@ -127,7 +128,8 @@ def masking(groups):
         panels.append(dict(title=text, xlabel="epoch", ylabel="", lines=lines, scale=scale))
     return dict(paper="sat_rx", alt="Signals of gradient masking, figs. 1 and 2 of the paper",
                 title=f"Signals of masked gradients: {eps_of(dataset)}\nheld-out images; high "
-                "where gradients are masked, and for nt, which has no defence", panels=panels, columns=1)
+                "where gradients are masked, and for nt, which has no defence", panels=panels,
+                columns=1)
 
 
 def tradeoff(groups):

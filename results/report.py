@@ -28,11 +28,13 @@ from runs import (VERDICTS, alone, asked, claim_text, commands, commits, common_
                   epochs, grouped, label, load, main_groups, method, name_of, named, needs, number,
                   older, ordered, seed, seeds_of, sets, threshold, trained)
 
-COUNTS = ("Each claim is tested by comparisons. One holds where the whole 95 % interval of its "
-          "difference agrees, fails where none of it does, else it is undecided.")
+COUNTS = ("A comparison holds where the whole 95 % interval of its difference agrees with the "
+          "claim, and fails where none of it does. One seed tells nothing of other seeds.")
 PAGE = ("PGD-CW is PGD on the margin between two logits: the papers' C&W, `un` and `cw` in older "
         "commands. Behind @ stands PGD's step where it is not evaluate.py's own. \\*: an older "
-        "run. [Names](README.md#names). Minutes come from unlike machines and loads.")
+        "run. [Names](README.md#names). Minutes come from unlike machines and loads. Intervals of "
+        "differences are Newcombe's for two independent samples, though the images are the same. "
+        "Differences in time, and those within a log, have none: their sign decides.")
 COLUMNS_SHOWN = 8  # of a page's table of all rows
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 WORDS = {  # of results/README.md
@@ -63,8 +65,8 @@ def main_table(groups, claims, folder, prefix="results/"):
     if dataset == "cifar10":
         return budget.budget_table(groups, claims, folder, prefix)
     members = []
-    for script in dict.fromkeys([*claims, *(script for script, _ in chosen)]):
-        members += sets([group for (its, _), group in chosen.items() if its == script])
+    for script in dict.fromkeys([*claims, *(group[0].facts["script"] for group in chosen)]):
+        members += sets([group for group in chosen if group[0].facts["script"] == script])
     letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     letter = {}
     for alike in members:
@@ -82,13 +84,15 @@ def main_table(groups, claims, folder, prefix="results/"):
         return [links(group, prefix)]
     heads, rows = numbers_table(sum(members, []), ["clean", "pgd-20", "aa", "minutes"], first, last,
                                 lambda column: column == "aa")
-    without = [f"{script}.py" for script in claims if script not in {key[0] for key in chosen}]
+    scripts = {group[0].facts["script"] for group in chosen}
+    without = [f"{script}.py" for script in claims if script not in scripts]
     eps = common.DATASETS[dataset]["eps"]
     above = (f"{NAMES[dataset]}, L-infinity, eps {common.shown(eps)}, accuracy in %. Compare rows "
-             "of one set: same network, images, epochs, lr, batch size (-: alone).")
+             "of one set: same network, images, limit of epochs, lr, batch size, precision (-: "
+             "alone).")
     below = (f"{SEEDS} PGD-20's step: {common.shown(asked('pgd-20', dataset)[0].step)}. Minutes "
              "are of unlike machines.")
-    if any(older(group[0]) for group in chosen.values()):
+    if any(older(group[0]) for group in chosen):
         below += " \\*: older run."
     if without:
         below += f" Of {', '.join(without)} no row has AutoAttack yet."
@@ -103,18 +107,22 @@ def claims_table(groups, claims, prefix="results/"):
     """
     rows = []
     waiting = 0
+    others = 0
     for about in claims.values():
         for claim in about["claims"]:
             compared = [compare(groups, test) for test in claim["tests"]]
             if not seeds_of(compared):
                 waiting += 1
-            elif claim.get("front"):
+            elif not claim.get("front"):
+                others += 1
+            else:
                 counts = [f"{count or ''}" for count in counted(compared).values()]
                 rows.append([f"[{about['name']}]({prefix}{about['page']})", claim_text(claim),
                              *counts, "-".join(map(str, seeds_of(compared)))])
     parts = [COUNTS, table(["paper", "claim", *VERDICTS, "seeds"], named_once(rows))]
     if waiting:
-        parts.append(f"Not run: {waiting} claims of the pages.")
+        parts.append(f"The pages have {others} more claims that were tested, and {waiting} that "
+                     "were not.")
     return "\n\n".join(parts)
 
 
@@ -285,7 +293,7 @@ def page(about, groups, papers, figures):
              f"[the script](../{about['script']}.py), [all results](README.md).",
              f"Made by `python results/report.py` from the JSON files. Accuracy in %. {SEEDS} "
              f"{PAGE}",
-             "## Claims", f"{COUNTS} With one seed this interval knows nothing of other seeds.",
+             "## Claims", COUNTS,
              claims_part(about, groups), *shown,
              "## The paper's rows and ours", paper_tables(about, groups, papers),
              "## What explains the differences",
@@ -330,8 +338,13 @@ def file_part(name, network, folder):
     return "\n".join(lines)
 
 
-def index(groups, claims, folder):
-    """results/README.md: a table of every JSON, then their commands, the verdicts, the names."""
+def index(groups, claims, folder, extra):
+    """results/README.md: a table of every JSON, then their commands, the verdicts, the names.
+
+    extra: names of the pages that are no paper's.
+    """
+    words = {"cifar10.md": "five methods on CIFAR-10", "speed.md": "speed"}
+    others = "".join(f", [{text}]({name})" for name, text in words.items() if name in extra)
     files = {}
     for group in sorted(groups, key=lambda group: (group[0].facts["script"], label(group))):
         for network in group:
@@ -339,7 +352,7 @@ def index(groups, claims, folder):
     parts = ["# Results", "Made by `python results/report.py`; `--check` fails where a table and "
              "the JSON files disagree. Pages: " + ", ".join(
                  f"[{about['name']}]({about['page']})" for about in claims.values()) + ", "
-             "[five methods on CIFAR-10](cifar10.md), [speed](speed.md).",
+             f"[every table of the papers](tables.md){others}.",
              "Accuracy in % at the data set's usual eps, in brackets the 95 % interval. \\*: an "
              "older run. A method's two files of one seed are one network, evaluated twice.",
              files_table(files),
@@ -348,8 +361,6 @@ def index(groups, claims, folder):
              "## Commands", "The pages have commands for every number. A file keeps the "
              "evaluations that are listed here, an older one only its last."]
     parts += [file_part(name, network, folder) for name, network in files.items()]
-    parts += ["## Every table of the five papers", tables.ABOUT,
-              table(*tables.every_table(groups, claims, folder))]
     parts += ["## The verdict of `evaluate.py --sanity`", "On networks whose state is known: "
               "[verdict.sh](verdict.sh) has the commands, [verdict_nets.py](verdict_nets.py) "
               "the layers that hide a gradient.", verdicts(folder)]
@@ -387,10 +398,12 @@ def pages(folder, readme_path):
     papers = json.loads((folder / "papers.json").read_text())
     groups = ordered(grouped(load(folder)), claims)
     drawn = draw.collect(groups)
+    more = {"speed.md": speed.page(folder), "cifar10.md": budget.page(groups, claims, folder),
+            "tables.md": tables.page(groups, claims, folder)}
+    more = {name: text for name, text in more.items() if text}
     texts = {readme_path: readme(readme_path, groups, claims, folder),
-             folder / "README.md": index(groups, claims, folder)}
-    more = {"speed.md": speed.page(folder), "cifar10.md": budget.page(groups, claims, folder)}
-    texts |= {folder / name: text for name, text in more.items() if text}
+             folder / "README.md": index(groups, claims, folder, more)}
+    texts |= {folder / name: text for name, text in more.items()}
     for script, about in claims.items():
         texts[folder / about["page"]] = page(dict(about, script=script), groups, papers, drawn)
     return texts, drawn

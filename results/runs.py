@@ -26,8 +26,10 @@ MACHINE = ("seed", "resume", "overwrite", "device", "workers", "wandb")  # ... a
 STAGE = r"\.(teacher|vanilla|align|k\d+)$"  # what a script saves beside its --ckpt
 BUDGET_ROWS = 4  # of CIFAR-10 replace MNIST's on the first page
 SEED_IN_NAME = r"-s(eed)?\d+(?=\.|$)"
-SETTINGS = ("limit", "classes", "augment", "normalize", "epochs", "batch_size", "lr", "guide",
-            "weight_decay", "momentum")  # those that rows of a table share where they are compared
+SETTINGS = ("limit", "classes", "val", "augment", "normalize", "epochs", "batch_size", "lr",
+            "guide", "weight_decay", "momentum", "precision")  # rows of a set share them
+OWN = ("r1", "r2", "r3", "atlas", "iaat", "line-search", "finetune", "dual", "align", "k50",
+       "curriculum")  # the papers' methods; others are baselines
 VERDICTS = ("holds", "fails", "undecided", "not run")
 
 
@@ -82,9 +84,20 @@ def method(network):
     """The method's name as its flag has it; older runs call the flag otherwise."""
     args = network.facts["args"]
     name = args.get("method") or args.get("strategy") or args.get("loss")
+    if args.get("constraint") == "dual":
+        name = "dual"
     if name is None or stage(network):
         name = stage(network) or "curriculum"
     return name
+
+
+def shown_method(network):
+    """The method, and the weight that an ablation sets to 0."""
+    name = method(network)
+    weights = {"atlas": ("alpha", "beta"), "r1": ("lam",), "r2": ("lam",), "r3": ("lam",)}
+    off = [flag for flag in weights.get(name, ()) if network.facts["args"].get(flag) == 0]
+    words = {"lam": "lambda"}
+    return ", ".join([name, *(f"{words.get(flag, flag)} 0" for flag in off)])
 
 
 def seed(network):
@@ -433,7 +446,7 @@ def claim_text(claim):
     asked = {threshold(test) for test in claim["tests"]}
     if len(asked) > 1 or asked <= {"above 0", "below 0"}:
         return claim["text"]
-    return f"{claim['text'].rstrip('.')} (difference {asked.pop()} points)."
+    return f"{claim['text'].rstrip('.')} ({asked.pop()} points)."
 
 
 def counted(comparisons):
@@ -467,26 +480,31 @@ def ordered(groups, claims):
     return sorted(groups, key=rank)
 
 
-def best_known(groups):
+def best_known(groups, named_by=method):
     """{(script, method): the first of its groups}, sorted by name. See `ordered`."""
     best = {}
     for group in groups:
-        best.setdefault((group[0].facts["script"], method(group[0])), group)
+        best.setdefault((group[0].facts["script"], named_by(group[0])), group)
     return {key: best[key] for key in sorted(best)}
 
 
 def main_groups(groups):
-    """(data set, {(script, method): group}) of the main table: networks with AutoAttack's number.
+    """(data set, groups) of the main table: networks with AutoAttack's number.
 
     The groups are `ordered`. The rows of one budget on CIFAR-10 where there are BUDGET_ROWS, else
-    MNIST's.
+    MNIST's: the first group of each method, and the baselines of those that are an older run of a
+    paper's own method, of equal settings.
     """
     for dataset, pattern in (("cifar10", "cifar10-*"), ("mnist", "*")):
         found = [group for group in named(groups, [pattern])
                  if group[0].facts["dataset"] == dataset and number(group, "aa")]
         if len(found) >= BUDGET_ROWS:
             break
-    return dataset, best_known(found)
+    chosen = list(best_known(found, shown_method).values())
+    own = [group[0] for group in chosen if older(group[0]) and method(group[0]) in OWN]
+    return dataset, chosen + [group for group in found if group not in chosen
+                              and method(group[0]) not in OWN
+                              and any(same_settings(group[0], other) for other in own)]
 
 
 def sets(groups):

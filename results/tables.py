@@ -1,7 +1,8 @@
 """Every table and figure of the five papers: its commands, and what of it has been run here.
 
-papers.json has the tables' rows: a main table for each data set, the others in its "more". Under
-"commands" is the list that report.py shows in README.md. The keys of an entry:
+The page is tables.md. papers.json has the tables' rows: a main table for each data set, the others
+in its "more". Under
+"commands" is the list of the page. The keys of an entry:
     table, shows, commands    its name, what it shows, lines of bash
     none                      why there is no command
     data                      the data sets whose table tells what was run, by claims.json's "rows"
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+from cells import table
 from runs import asked, method, named, number
 
 COUNTS = ("epochs", "epochs_fixed", "attack_steps", "align_epochs", "k_epochs", "teacher_epochs",
@@ -139,23 +141,33 @@ def what_was_run(entry, about, groups, papers):
     return "<br>".join(parts) or "not run"
 
 
-def command_cell(entry):
-    """The commands of an entry as they are typed, and the note."""
-    if "none" in entry:
-        return f"no command: {entry['none']}"
-    lines = [f"`{command}`" for command in entry["commands"]]
-    if "note" in entry:
-        lines.append(f"({entry['note']})")
-    return "<br>".join(lines)
-
-
-def every_table(groups, claims, folder):
-    """(heads, rows) of the table of all tables and figures."""
+def page(groups, claims, folder):
+    """The text of tables.md: for each paper what was run, then the commands in blocks to copy."""
     papers = json.loads((folder / "papers.json").read_text())
-    rows = []
+    parts = ["# Every table and figure of the five papers", "Made by `python results/report.py` "
+             "from papers.json and the JSON files of this folder. The numbers are on the papers' "
+             "pages.", ABOUT]
     for script, about in claims.items():
-        about = dict(about, script=script)
-        for entry in papers.get("commands", {}).get(about["protocol"], []):
-            rows.append([f"[{about['name']}]({about['page']})", entry["table"], entry["shows"],
-                         command_cell(entry), what_was_run(entry, about, groups, papers)])
-    return ["paper", "table", "what it shows", "commands", "run here"], rows
+        entries = papers.get("commands", {}).get(about["protocol"], [])
+        if entries:
+            parts += paper_part(dict(about, script=script), entries, groups, papers)
+    return "\n\n".join(parts) + "\n"
+
+
+def paper_part(about, entries, groups, papers):
+    """A paper's table and its commands."""
+    given = [entry for entry in entries if "none" not in entry]
+    rows = [[entry["table"], entry["shows"], what_was_run(entry, about, groups, papers)]
+            for entry in given]
+    without = "; ".join(f"{entry['table']}: {entry['none']}" for entry in entries
+                        if "none" in entry)
+    parts = [f"## [{about['name']}]({about['page']})",
+             table(["table", "what it shows", "run here"], rows)]
+    if without:
+        parts.append(f"Without a command: {without}.")
+    parts.append(f"### Commands of {about['name']}")
+    for entry in given:
+        lines = "\n".join(entry["commands"])
+        note = f" ({entry['note']})" if "note" in entry else ""
+        parts.append(f"{entry['table']}, {entry['shows']}{note}:\n\n```bash\n{lines}\n```")
+    return parts

@@ -351,6 +351,22 @@ def test_a_new_row_replaces_an_older_one_and_an_ablation_does_not(folder):
     assert "84.0±4.0" in (folder / "sat_rx.md").read_text()
 
 
+def test_an_older_row_keeps_its_baseline(folder):
+    """A newer FGSM-AT has other settings: the older one stays beside the older R2."""
+    claims = json.loads((folder / "claims.json").read_text())
+    claims["sat_rx"]["claims"][0]["tests"] = [
+        dict(say="", method=["new-r2-s*"], control=[control], column="aa", above=0)
+        for control in ("best-fgsm-at-s*", "new-fgsm-at-s*")]
+    (folder / "claims.json").write_text(json.dumps(claims))
+    write(folder, "best-fgsm-at-s0", "fgsm-at", 0, {"clean": 0.98, "aa": 0.02}, schedule="paper")
+    for name, lr in (("best-fgsm-at-s0", 0.05), ("new-fgsm-at-s0", 0.01), ("new-r2-s0", 0.01),
+                     ("new-r2-s1", 0.01), ("new-r2-s2", 0.01)):
+        change(folder, name, lr=lr)
+    run(folder)
+    rows = table_rows(folder)
+    assert rows["fgsm-at"][5] == "-" and rows["fgsm-at\\*"][5] == rows["r2\\*"][5] == "A"
+
+
 def test_rows_of_other_settings_are_in_no_set(folder):
     """Those of equal settings share a letter and stand together, the most robust first."""
     write(folder, "new-r1-s0", "r1", 0, {"clean": 0.97, "aa": 0.71})
