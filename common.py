@@ -26,6 +26,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import textwrap
 import time
@@ -72,6 +73,7 @@ DATASETS = {"digits": DIGITS, "mnist": MNIST, "cifar10": CIFAR10, "cifar100": CI
 IMAGE_FILES = ("imagenet", "imagenet100")  # read from files; the others are held in memory
 NORMALIZATIONS = ("none", "dataset", "image")
 SCHEDULES = ("paper", "onecycle")
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"]).resolve()
 AUGMENTATIONS = ("none", "crop", "crop-flip", "reflect-flip")
 
 
@@ -122,7 +124,8 @@ def cli(main):
 
 def did_you_mean(word, known):
     """", did you mean NAME?" for the nearest known name, or "" where none is near."""
-    near = [name for name in known if word.startswith(name) or name.startswith(word)]
+    near = [name for name in known if name.lower() == word.lower()]
+    near += [name for name in known if word.startswith(name) or name.startswith(word)]
     near += difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
@@ -737,14 +740,18 @@ def own_facts(name, data_dir, chosen):
     """
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
+        there = [file.stem for file in Path(data_dir).glob("*.npz")]
         raise UsageError(f"--dataset {name}: {path} is missing; known by name are "
-                         f"{', '.join(DATASETS)}{did_you_mean(name, DATASETS)}")
+                         f"{', '.join(DATASETS)}{did_you_mean(name, [*DATASETS, *there])}")
     images, labels = read_npz(path, "train")
     _, height, width, channels = images.shape
     classes = int(labels.max()) + 1
     if channels not in (1, 3):
         raise UsageError(f"{path}: images need 1 or 3 channels, not {channels}")
-    counts = np.bincount(labels, minlength=classes)
+    if classes > len(labels):
+        raise UsageError(f"{path}: labels must be 0, 1 and so on, each with a training image; the "
+                         f"highest of {len(labels)} is {classes - 1}")
+    counts = np.bincount(labels.astype(np.int64), minlength=classes)
     if classes < 2 or not counts.all():
         raise UsageError(f"{path}: labels must be 0, 1 and so on, two or more; without a training "
                          f"image is class {int(counts.argmin())}")
@@ -1185,6 +1192,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.net = net
         self.sets_seed = False  # see `sets_seed`
+        self.code = None  # the name in `own_code` of the user's file, whose imports it may need
         self.normalize = normalize
         self.foreign = foreign
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -1206,7 +1214,8 @@ class Classifier(nn.Module):
         if self.foreign:
             x = x.clone(memory_format=torch.contiguous_format).to(computed_in(self.net, x.dtype))
         kept = random_numbers_kept(x.device) if self.sets_seed else contextlib.nullcontext()
-        with kept:
+        code = own_code[self.code].running() if self.code else contextlib.nullcontext()
+        with kept, code:
             logits = self.net(x)
         if not torch.is_tensor(logits) or not logits.is_floating_point():
             return logits
@@ -1259,6 +1268,7 @@ def build_model(name, facts, normalize="none", device="cpu"):
     net = imported_net(name, facts["classes"]) if own else known_net(name, facts)
     model = Classifier(net, normalize, facts["mean"], facts["std"], foreign=own)
     if own:
+        model.code = name
         model.to(device)  # a forward may name a device
     check_logits(model, name, facts)
     if own:
@@ -1346,7 +1356,12 @@ def cnn_small(channels, height, width, classes):
         nn.Linear(100, classes))
 
 
-code_of = {}  # a user's network, "path/to/file.py:function" -> sha256 of the files that built it
+own_code = {}  # a user's network, "path/to/file.py:function" -> its OwnCode
+
+
+def code_sha256(name):
+    """sha256 over the files that have built and run a user's network, as named in `own_code`."""
+    return own_code[name].sha256()
 
 
 def imported_net(name, classes):
@@ -1357,23 +1372,48 @@ def imported_net(name, classes):
     is no such network.
     """
     path, _, function = name.rpartition(":")
+    code = OwnCode(path)
     try:
-        with as_from_folder(path) as (package, earlier):
-            module = imported_file(path, package)
-            if not hasattr(module, function):
-                raise AttributeError(f"{Path(path).name} has no {function!r}")
-            make = getattr(module, function)
-            net = make if isinstance(make, nn.Module) else made_net(make, classes)
-            code_of[name] = code_sha256(path, earlier)
+        with code.running(), process_settings_kept():
+            net = net_of(code, function, classes)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--model {name}: {type(error).__name__}: {error}")
+        raise UsageError(f"--model {name}: {type(error).__name__}: {error}{where_to_find(error)}")
     if not isinstance(net, nn.Module):
         raise UsageError(f"--model {name}: {function}() must return a torch.nn.Module, not "
                          f"{type(net).__name__}")
     if any(value.device.type == "meta" for value in net.parameters()):
         raise UsageError(f"--model {name}: its weights are on the device meta, they have no "
                          "values: make them on the CPU")
+    try:
+        with model_mode(net, "eval"):
+            pass
+    except Exception as error:
+        raise UsageError(f"--model {name}: its train() must be torch's, rename a method of your "
+                         f"own ({type(error).__name__}: {error})")
+    own_code[name] = code
     return net
+
+
+def net_of(code, function, classes):
+    """What a function of a user's file returns, or the network of this name."""
+    try:
+        module = code.imported()
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        import_torchvision()
+        module = code.imported()
+    if not hasattr(module, function):
+        raise AttributeError(f"{code.path.name} has no {function!r}")
+    make = getattr(module, function)
+    return make if isinstance(make, nn.Module) else made_net(make, classes)
+
+
+def where_to_find(error):
+    """The end of a message about a module that is missing, "" for another error."""
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return ": install it, or let PYTHONPATH name the folder that holds it"
 
 
 def made_net(make, classes):
@@ -1392,66 +1432,89 @@ def made_net(make, classes):
     return make(num_classes=classes) if takes_classes else make()
 
 
-def code_sha256(path, earlier):
-    """sha256 over a user's file and over the neighbours that it imported.
+class OwnCode:
+    """A user's file, and the modules of its own that it imports, as it is read or later.
 
-    earlier: names of the modules that were there before.
+    They are those of its folder, of PYTHONPATH and of the paths that it adds to sys.path;
+    installed packages do not count. While the file runs they are in sys.modules. At other times
+    they are not, nor do ours hide them: two files may have neighbours of the same names.
     """
-    file = Path(path).resolve()
-    files = {file}
-    for name, module in list(sys.modules.items()):
-        if name not in earlier and lies_in(module, file.parent):
-            files.add(Path(module.__file__).resolve())
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
-
-def imported_file(path, package):
-    """The module of a .py file, as a part of `package`."""
-    name = f"{package}.{Path(path).stem.replace('.', '_')}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def as_from_folder(path):
-    """Import a file as `python -c "import net"` does in its folder.
-
-    Gives (a package's name, the names of the modules that were there before). sys.path begins
-    with the folder. An argparse of the file does not see our flags. Modules of ours do not hide
-    its neighbours, nor do those of another user's file that has the same names.
-    What the file changes for the whole process is put back.
-    """
-    folder = Path(path).resolve().parent
-    package = f"own_{abs(hash(str(folder)))}"
-    for name in list(sys.modules):  # of an earlier import: its files may have changed
-        if name.startswith(f"{package}."):
-            del sys.modules[name]
-    sys.modules[package] = types.ModuleType(package)
-    sys.modules[package].__path__ = [str(folder)]
-    here = Path(__file__).resolve().parent
-    neighbours = {entry.stem for entry in folder.glob("*")} if folder != here else set()
-    hidden = {name: module for name, module in sys.modules.items()
-              if name.partition(".")[0] in neighbours and lies_in(module, here)}
-    for name in hidden:
-        del sys.modules[name]
-    before = set(sys.modules)
-    arguments = sys.argv
-    sys.path.insert(0, str(folder))
-    sys.argv = [str(path)]
-    try:
-        with process_settings_kept():
-            yield package, before
-    finally:
-        sys.argv = arguments
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            if lies_in(sys.modules[name], folder) and not name.startswith(package):
+    def __init__(self, path):
+        self.path = Path(path)
+        self.folder = self.path.resolve().parent
+        self.package = f"own_{abs(hash(str(self.folder)))}"
+        self.search = [str(self.folder), *sys.path]  # its sys.path
+        self.modules = {}  # name -> module
+        for name in list(sys.modules):  # of an earlier import: its files may have changed
+            if name.startswith(f"{self.package}."):
                 del sys.modules[name]
-        sys.modules.update(hidden)
+        here = Path(__file__).resolve().parent
+        neighbours = {entry.stem for entry in self.folder.glob("*")}
+        self.hidden = []  # names of ours that are its neighbours' names
+        if self.folder != here:
+            self.hidden = [name for name, module in sys.modules.items()
+                           if name.partition(".")[0] in neighbours and lies_in(module, here)]
+
+    def imported(self):
+        """The module of the file, read anew with its neighbours, as a part of a package.
+
+        As `python -c "import net"` does in its folder. An argparse of the file does not see our
+        flags.
+        """
+        sys.modules[self.package] = types.ModuleType(self.package)
+        sys.modules[self.package].__path__ = [str(self.folder)]
+        name = f"{self.package}.{self.path.stem.replace('.', '_')}"
+        spec = importlib.util.spec_from_file_location(name, self.path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        return module
+
+    @contextlib.contextmanager
+    def running(self):
+        """A context in which the file's code finds what it imports."""
+        outside = list(sys.path)
+        arguments = sys.argv
+        away = {name: sys.modules.pop(name) for name in self.hidden if name in sys.modules}
+        away.update({name: sys.modules[name] for name in self.modules.keys() & sys.modules.keys()})
+        before = set(sys.modules)
+        sys.modules.update(self.modules)
+        sys.path[:] = self.search
+        sys.argv = [str(self.path)]
+        try:
+            yield
+        finally:
+            self.search = list(sys.path)
+            sys.path[:] = outside
+            sys.argv = arguments
+            self.keep(set(sys.modules) - before - self.modules.keys(), outside)
+            for name in self.modules:
+                if name.partition(".")[0] != self.package:
+                    sys.modules.pop(name, None)
+            sys.modules.update(away)
+
+    def keep(self, names, outside):
+        """Remember which of the modules of these names are the file's own. outside: our path."""
+        if not names:
+            return
+        added = [entry for entry in self.search if entry not in outside]
+        added += os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        roots = [self.folder, *(Path(entry).resolve() for entry in filter(None, added))]
+        for name in names:
+            if any(lies_in(sys.modules[name], root) for root in roots):
+                self.modules[name] = sys.modules[name]
+
+    def sha256(self):
+        """sha256 over names and contents of the file and of its own modules."""
+        named = (getattr(module, "__file__", None) for module in self.modules.values())
+        files = {self.path.resolve(), *(Path(file).resolve() for file in named if file)}
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            if file.is_file():
+                name = os.path.relpath(file, self.folder)
+                digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
+        return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -1481,12 +1544,16 @@ def process_settings_kept():
 
 
 def lies_in(module, folder):
-    """Whether a module's file is in a folder, or below it; installed packages do not count."""
-    file = getattr(module, "__file__", None)
+    """Whether a module's file is in a folder, or below it; installed packages do not count.
+
+    A package without __init__.py has a folder instead of a file.
+    """
+    file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if not file or folder not in Path(file).resolve().parents:
         return False
     below = Path(file).resolve().relative_to(folder).parts
-    return "site-packages" not in below and "dist-packages" not in below
+    installed = "site-packages" in below or "dist-packages" in below
+    return not installed and STANDARD_LIBRARY not in Path(file).resolve().parents
 
 
 def eat_source(name, facts):
@@ -1924,6 +1991,8 @@ def load_file(path):
             head = file.read(9)
         if head[8:] == b"{":  # the length of a JSON header, then the header
             return load_safetensors(path)
+        if head.startswith(b"{"):
+            return load_shards(path)
         with torch.serialization.safe_globals(plain_values()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:
@@ -1949,9 +2018,33 @@ def what_it_is(path, head):
         return "is empty"
     if head.startswith((b"<", b"version ")):
         return "is text, a web page or a Git LFS pointer: fetch the file itself"
+    if head.startswith(b"\x80"):
+        return "is a pickle that torch.save did not write: save its state_dict by torch.save"
+    if holds_arrays(path):
+        return "is numpy's .npz: save its arrays as tensors by torch.save"
     if zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
         return "is an archive, but not of torch.save: unpack it and name a file of it"
     return "not a checkpoint, or a damaged one"
+
+
+def holds_arrays(path):
+    """Whether a file is an archive of numpy's arrays."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
+
+
+def load_shards(path):
+    """The tensors of all files that an index in JSON names, as Hugging Face shares large ones."""
+    try:
+        files = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path}: is JSON, not weights: name the file that holds the weights")
+    tensors = {}
+    for file in files:
+        tensors.update(load_file(Path(path).parent / Path(file).name))
+    return tensors
 
 
 def load_safetensors(path):
@@ -2023,15 +2116,23 @@ def load_init(model, path):
     A file of somebody else's weights is read, too. Returns the checkpoint, or {} of such a file.
     """
     content = holds_weights(path)
-    if not is_run(content):
-        load_weights(model, content, path)
-        return {}
-    checkpoint = checked_run(content, path)
-    if checkpoint["normalize"] != model.normalize:
-        raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, this "
-                         f"one {model.normalize}")
-    load_weights(model, (checkpoint["last"] or checkpoint["best"])["state_dict"], path)
+    checkpoint = checked_run(content, path) if is_run(content) else {}
+    if checkpoint:
+        if checkpoint["normalize"] != model.normalize:
+            raise UsageError(f"{path}: its network has --normalize {checkpoint['normalize']}, "
+                             f"this one {model.normalize}")
+        content = (checkpoint["last"] or checkpoint["best"])["state_dict"]
+    load_weights(model, content, path)
+    broken = weights_with_nan(model)
+    if broken:
+        raise UsageError(f"{path}: holds NaN in {shortened(', '.join(broken))}: nothing can be "
+                         "trained from it")
     return checkpoint
+
+
+def weights_with_nan(model):
+    """The names of a Classifier's parameters that hold NaN somewhere."""
+    return [name for name, value in model.net.named_parameters() if value.isnan().any()]
 
 
 def copy_of_weights(net):
@@ -2067,25 +2168,63 @@ def load_weights(model, content, path):
     """
     found = list(state_dicts_in(content))
     own = model.net.state_dict()
-    fitting = [(place, state) for place, state in found if renamed(state, own) is not None]
+    fitting = [(place, state) for place, state in found if fitted(state, own) is not None]
     if not fitting:
         fitting = parts_of(found, own, path)
+    same = [(place, state) for place, state in fitting if same_shapes(fitted(state, own), own)]
+    fitting = same or fitting
     place, state = (fitting or found)[0]
     if len(fitting) > 1:
         others = ", ".join(place for place, _ in fitting[1:])
         print(f"{path}: the weights are those of {place!r}, the file also holds {others}")
-    weights = renamed(state, own)
+    weights = fitted(state, own)
     if weights is None:
         raise UsageError(f"{path}: its weights do not fit the model ({misfit(state, own)})")
     for name, _ in model.net.named_parameters():
         kind = getattr(weights.get(name), "dtype", torch.float32)
-        if own[name].is_floating_point() and not kind.is_floating_point:
+        floating = name in own and own[name].is_floating_point()
+        if floating and not kind.is_floating_point:
             raise UsageError(f"{path}: {name} holds {kind}, it must be floating numbers")
     try:
         model.net.load_state_dict(weights)
     except Exception as error:  # of a network of the user's own, too
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})")
+
+
+def same_shapes(weights, own):
+    """Whether each tensor of a state_dict has the shape of the network's own."""
+    shapes = {name: getattr(value, "shape", None) for name, value in own.items()}
+    return all(getattr(weights.get(name), "shape", None) == shapes[name] for name in shapes)
+
+
+def fitted(state, own):
+    """As `renamed`. Of several names of one tensor in `own` a file may lack all but one.
+
+    safetensors keeps one of them.
+    """
+    found = renamed(state, own)
+    twins = {} if found else missing_twins(state, own)
+    if not twins:
+        return found
+    found = renamed(state, {name: own[name] for name in own if name not in twins})
+    return found and found | {name: found[twin] for name, twin in twins.items()}
+
+
+def missing_twins(state, own):
+    """{name in `own` that a file lacks: another name of the same tensor, which the file has}."""
+    groups = {}
+    for name, value in own.items():
+        if torch.is_tensor(value) and value.layout is torch.strided and value.numel():
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            groups.setdefault(key, []).append(name)
+    given = [f".{name}" for name in without_wrappers(state, ()) or state]
+    twins = {}
+    for names in groups.values():
+        has = [name for name in names if any(key.endswith(f".{name}") for key in given)]
+        if has:
+            twins.update({name: has[0] for name in names if name not in has})
+    return twins
 
 
 def misfit(state, own):
@@ -2156,6 +2295,9 @@ def shortened(text, most=200):
 
 def state_dicts_in(content, place="", depth=0):
     """(where it stands, state_dict) of each one in a file: bare first, then by WRAPPERS."""
+    if isinstance(content, (list, tuple)):
+        parts = [part for part in content if isinstance(part, dict)]
+        content = dict(enumerate(parts))
     if not isinstance(content, dict) or depth > 3:
         return
     if content and any(torch.is_tensor(value) for value in content.values()):
@@ -2258,9 +2400,63 @@ def load_model(path, weights="best", device="cpu", facts=None, architecture=None
             raise UsageError(f"{path}: {name} builds its network and is not run unasked: give "
                              "--model")
         name = architecture
-    model = build_model(name, checkpoint_facts(checkpoint), checkpoint["normalize"], device)
+    facts = checkpoint_facts(checkpoint)
+    model = build_model(name, facts, checkpoint["normalize"], device)
     load_weights(model, checkpoint[weights]["state_dict"], path)
-    return model.eval(), checkpoint
+    refuse_unsaved_values(model.eval(), name, facts, path)
+    return model, checkpoint
+
+
+def refuse_unsaved_values(model, name, facts, path):
+    """UsageError where a user's network computes with random values that no file holds."""
+    if model.code and not computes_the_same(model, name, facts):
+        raise UsageError(f"{path}: the network of {name} computes with random values that are not "
+                         "among its weights (layers in a plain list, a buffer with "
+                         "persistent=False?): register them, or set the seed before they are "
+                         "drawn")
+
+
+def computes_the_same(model, name, facts):
+    """Whether a second network, built from other random numbers, computes as the first does.
+
+    It gets the same weights, and its forward the same random numbers. True also where the second
+    one cannot be built, and where the first gives other logits each time.
+    """
+    device = model.mean.device
+    code = own_code[model.code]
+    logits = []
+    with random_numbers_kept(device), buffers_kept(model), contextlib.suppress(Exception):
+        torch.manual_seed(secrets.randbits(32))
+        other = build_model(name, facts, model.normalize, device).eval()
+        other.net.load_state_dict(model.net.state_dict())
+        x = torch.rand(2, *facts["shape"], device=device)
+        for network in (model, model, other):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                logits.append(network(x).nan_to_num())
+    own_code[model.code] = code
+    if len(logits) < 3:
+        return True
+    first, again, second = logits
+    bound = 1e-3 * first.abs().max()
+    return (first - again).abs().max() > bound or (first - second).abs().max() <= bound
+
+
+@contextlib.contextmanager
+def buffers_kept(model):
+    """Put a network's buffers back on leaving: its forward may change them, or replace them."""
+    before = [(module, name, buffer, buffer.detach().clone()) for module in model.modules()
+              for name, buffer in module._buffers.items() if buffer is not None]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if buffer.shape != value.shape:
+                buffer.data = value
+            elif not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def refuse_other_data(checkpoint, facts, path):
@@ -2286,6 +2482,7 @@ def load_foreign(path, content, weights, device, facts, architecture, normalize)
         raise UsageError(f"{path} is a bare state_dict: it holds no last weights")
     model = build_model(architecture, facts, normalize, device).eval()
     load_weights(model, content, path)
+    refuse_unsaved_values(model, architecture, facts, path)
     best = dict(epoch=None, state_dict=model.net.state_dict())
     flags = dict(eps=facts["eps"], classes=facts["chosen"])
     return model, dict(

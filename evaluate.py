@@ -103,7 +103,11 @@ def parse(argv=None):
                                 "images on")
     if args.baseline:
         args.sanity = True
-    args.surrogate = list(dict.fromkeys(args.surrogate))
+    args.surrogate = each_once(args.surrogate, asked_model(args))
+    for name in ("attacks", "transfer"):
+        text = getattr(args, name)
+        if text is not None:
+            setattr(args, name, ",".join(words_of(text)))
     if args.attacks == "" and not (args.sanity or args.alignment or args.plots or args.surrogate):
         raise common.UsageError("--attacks names no attack: there is nothing to measure")
     if args.batch_size is None:
@@ -112,6 +116,25 @@ def parse(argv=None):
         need("matplotlib", "--plots")
     refuse_own_files(args)
     return args
+
+
+def words_of(text):
+    """The words of a comma-separated list, without what is empty."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def each_once(paths, usual):
+    """CKPT or CKPT=MODEL, each file with its network once, however it is spelled.
+
+    usual: the network of those that name none, or None.
+    """
+    found = {}
+    for text in paths:
+        path, model = common.path_and_model(text)
+        file, colon, function = (model or usual or "").rpartition(":")
+        network = (Path(file).resolve() if colon else None, function)
+        found.setdefault((Path(path).resolve(), network), text)
+    return list(found.values())
 
 
 def network_flags(flag):
@@ -203,12 +226,19 @@ def refuse_own_files(args):
     models = [args.model, *(common.path_and_model(path)[1] for path in named)]
     own += [model.rpartition(":")[0] for model in models if model and ".py:" in model]
     stem = stem_of(networks[0])
-    own += [f"{stem}{end}" for end in (".pt", ".resume.pt", ".jsonl", ".eval.json", ".eval.npz")]
+    own += [f"{stem}{end}" for end in (".pt", ".resume.pt", ".jsonl")]
     taken = [Path(path).resolve() for path in own]
+    record = record_stem(args)
+    for path in record_files(record) if record else ():
+        if path.resolve() in taken:
+            raise common.UsageError(f"--record {args.record} would replace {path}: choose another "
+                                    "name")
+        taken.append(path.resolve())
+    taken += [path.resolve() for path in record_files(f"{stem}.eval")]
     for path in filter(None, (args.results, args.export, args.save_adv)):
         if Path(path).resolve() in taken:
-            raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt}, or is named twice: "
-                                    "choose another name")
+            raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt} or to the record, or is "
+                                    "named twice: choose another name")
         if not Path(path).parent.is_dir() or Path(path).is_dir():
             raise common.UsageError(f"{path}: there is no such folder, or it is one")
         if Path(path).exists() and not Path(path).is_file():
@@ -216,8 +246,6 @@ def refuse_own_files(args):
         if Path(path).exists() and not args.overwrite:
             raise common.UsageError(f"{path} exists: --overwrite replaces it")
         taken.append(Path(path).resolve())
-    if args.record and Path(args.record).resolve() in taken[:len(networks)]:
-        raise common.UsageError(f"--record {args.record} is a checkpoint: choose another name")
 
 
 def need(package, what):
@@ -527,8 +555,8 @@ def parse_attacks(text, facts, eps, step=None, start="ball", seed=0, p=1 / 3, sc
     other than 1, the attack's name says so.
     """
     attacks = {}
-    for word in text.split(",") if text else ():
-        attack = parse_attack(word.strip(), facts, eps, step, mean_eps, asked_step)
+    for word in words_of(text):
+        attack = parse_attack(word, facts, eps, step, mean_eps, asked_step)
         attack = attack._replace(seed=seed)
         if ATTACKS[attack.kind].restarts:
             attack = attack._replace(start=start if attack.kind in ("pgd", "pgd-cw") else "ball")
@@ -757,7 +785,7 @@ def probe(model, test, classes, name, precision="float32"):
         if not logits.isfinite().all():
             bad = (~logits.isfinite().all(1)).sum()
             raise common.UsageError(f"{name}: its logits are not finite on {bad} of {len(x)} "
-                                    f"clean images: {way_out(logits)}")
+                                    f"clean images: {way_out(model, logits)}")
         refuse_without_gradient(model, x, name)
         own = next(model.parameters(), x).dtype
         low = precision == "bfloat16" or own in (torch.float16, torch.bfloat16)
@@ -781,12 +809,20 @@ def same(a, b):
 
 
 def seem_probabilities(logits):
-    """Whether all logits lie in [0, 1]; those of a network that gives one constant do not count."""
-    return bool(0 <= logits.min() < logits.max() <= 1)
+    """Whether all logits lie in [0, 1]; those of a network that gives one constant do not count.
+
+    A few logits may lie there by chance: they must add up to 1, too.
+    """
+    between = bool(0 <= logits.min() < logits.max() <= 1)
+    return between and (logits.numel() >= 100 or not differ(logits.sum(1), 1 + 0 * logits[:, 0],
+                                                            1e-2))
 
 
-def way_out(logits):
-    """What to do about logits that are not finite."""
+def way_out(model, logits):
+    """What to do about a Classifier's logits that are not finite."""
+    broken = common.weights_with_nan(model)
+    if broken:
+        return f"its weights hold NaN in {common.shortened(', '.join(broken))}"
     if (logits == -np.inf).any() and (logits.isfinite() | (logits == -np.inf)).all():
         return "mask a class by -1e4, not by -inf"
     return "it cannot be judged"
@@ -853,19 +889,17 @@ def accuracies_as(model, test):
     """
     found = {}
     normalize = model.normalize
-    buffers = copies(model.buffers())
 
     def measure(words, model):
         with contextlib.suppress(common.UsageError):
             found[words] = common.accuracy(Guarded(model), test)
-    for other in common.NORMALIZATIONS:
-        model.normalize = other
-        measure(f"--normalize {other}", model)
-    model.normalize = normalize
-    for words, scale, shift in (("2 * x - 1", 2, -1), ("255 * x", 255, 0)):
-        measure(f"{words} before the network", Rescaled(model, scale, shift))
-    for buffer, before in zip(model.buffers(), buffers):
-        buffer.copy_(before)
+    with common.buffers_kept(model):
+        for other in common.NORMALIZATIONS:
+            model.normalize = other
+            measure(f"--normalize {other}", model)
+        model.normalize = normalize
+        for words, scale, shift in (("2 * x - 1", 2, -1), ("255 * x", 255, 0)):
+            measure(f"{words} before the network", Rescaled(model, scale, shift))
     return found
 
 
@@ -1817,12 +1851,25 @@ def is_committed(path):
     return weights in Path(path).resolve().parents
 
 
+def record_files(stem):
+    """The files of a record: outcomes, facts of samples, and what keeps two writers apart."""
+    return [Path(f"{stem}{end}") for end in (".json", ".npz", ".lock")]
+
+
 def record_stem(args):
     """Where the record goes, without the ending; None: nowhere."""
     if args.record:
         return str(args.record).removesuffix(".json")
     path, _ = common.path_and_model(args.ckpt)
     return None if is_committed(path) else f"{stem_of(path)}.eval"
+
+
+def refuse_other_arrays(names, path):
+    """UsageError where a .npz file holds arrays that are none of a Record's facts."""
+    other = [name for name in names if not re.match("[0-9a-f]{8}-", name)]
+    if other:
+        raise common.UsageError(f"{path} holds {common.shortened(', '.join(other))}, not facts of "
+                                "samples: --record must name another file")
 
 
 class Record:
@@ -1834,13 +1881,13 @@ class Record:
 
     def __init__(self, path, shas, stem):
         self.kept = stem is not None
-        self.json_path = Path(f"{stem}.json")
-        self.npz_path = Path(f"{stem}.npz")
+        self.json_path, self.npz_path, self.lock_path = record_files(stem)
         self.path = Path(path)
         self.shas = list(shas)
         self.stamp = self.path.stat().st_mtime_ns
         self.outcomes = []
         self.facts = {}
+        self.dropped = 0  # outcomes in the file of other weights
         self.read()
 
     def read(self):
@@ -1855,17 +1902,31 @@ class Record:
         replaced = not self.path.exists() or self.path.stat().st_mtime_ns != self.stamp
         marks = [sha[:8] for sha in self.shas]
         try:
-            if self.json_path.exists():
-                stored = [o for o in json.loads(self.json_path.read_text()) if "key" in o]
-                self.outcomes = [o for o in stored
-                                 if replaced or o["weights_sha256"] in self.shas]
+            stored = self.stored_outcomes()
+            self.outcomes = [o for o in stored if replaced or o["weights_sha256"] in self.shas]
+            self.dropped = len(stored) - len(self.outcomes)
             if self.npz_path.exists():
                 with np.load(self.npz_path) as arrays:
+                    refuse_other_arrays(arrays.files, self.npz_path)
                     self.facts = {name: arrays[name] for name in arrays.files
                                   if replaced or name.split("-")[0] in marks}
+        except common.UsageError:
+            raise
         except Exception as error:
-            raise common.UsageError(f"{self.json_path} or its .npz is damaged "
-                                    f"({type(error).__name__}): remove both")
+            raise common.UsageError(f"{self.json_path} or its .npz is damaged, or no record "
+                                    f"({type(error).__name__}): remove both, or name another "
+                                    "--record")
+
+    def stored_outcomes(self):
+        """What NAME.json holds; UsageError where it is not evaluate.py's."""
+        if not self.json_path.exists():
+            return []
+        stored = json.loads(self.json_path.read_text())
+        names = {"attack", "accuracy", "n"}
+        if not isinstance(stored, list) or any(names - set(outcome) for outcome in stored):
+            raise common.UsageError(f"{self.json_path} is no record of outcomes: --record must "
+                                    "name another file")
+        return [outcome for outcome in stored if "key" in outcome]
 
     def key(self, settings):
         """Begins with the weights' mark; the same for an attack under each of its names."""
@@ -1888,9 +1949,10 @@ class Record:
         """Keep an attack's facts so far, or with `measured` its outcome, replacing an older one."""
         if not self.kept:
             return self.add(settings, facts, seconds, warnings, measured)
-        with open(self.npz_path.with_suffix(".lock"), "w") as lock:
+        with open(self.lock_path, "a") as lock:
             if common.fcntl:
-                common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # some network file systems have no locks
+                    common.fcntl.flock(lock, common.fcntl.LOCK_EX)
             self.read()
             outcome = self.add(settings, facts, seconds, warnings, measured)
             common.write_beside(self.npz_path,
@@ -1922,12 +1984,20 @@ def results(checkpoint, outcomes, device):
                 outcomes=outcomes, history=history)
 
 
+def in_half(value):
+    """A tensor in float16; as it is where float16 cannot hold its values, or it has others."""
+    if not (torch.is_tensor(value) and value.is_floating_point() and value.numel()):
+        return value
+    half = value.half()
+    lost = (half.to(value) - value).abs().max()
+    return half if lost <= 1e-3 * value.abs().max() else value
+
+
 def export(args, checkpoint):
     """Write --export: one set of weights in float16, as the best; it is read like any other run."""
     refuse_unwritable(args.export, "--export")
     kept = checkpoint[args.weights]
-    half = {name: value.half() if torch.is_tensor(value) and value.is_floating_point() else value
-            for name, value in kept["state_dict"].items()}
+    half = {name: in_half(value) for name, value in kept["state_dict"].items()}
     best = dict(kept, metric=kept.get("metric"), state_dict=half)
     saved = dict(checkpoint, best=best, last=None, method_state=None)
     common.write_beside(args.export, lambda file: torch.save(saved, file))
@@ -2005,7 +2075,7 @@ def open_surrogates(args, facts, device, look, record):
         identity = dict(sha=sha, model=source["model"], normalize=source["normalize"])
         file, name = common.path_and_model(path)
         if ".py:" in source["model"]:
-            identity["code"] = common.code_of[name or asked_model(args)]
+            identity["code"] = common.code_sha256(name or asked_model(args))
         place = None if is_committed(file) else str(Path(file).with_suffix(""))
         if args.record:
             place = str(record.json_path.parent / Path(file).stem)
@@ -2024,6 +2094,10 @@ def refuse_bad_places(args, record):
     """UsageError where something cannot be written; before the first attack."""
     if record.kept:
         refuse_unwritable(record.json_path, "the record")
+        lock = record.lock_path
+        if lock.exists() and not (lock.is_file() and os.access(lock, os.W_OK)):
+            raise common.UsageError(f"{lock}: cannot be written, the record needs it: --record "
+                                    "must name another file")
     for path, flag in ((args.results, "--results"), (args.save_adv, "--save-adv")):
         if path:
             refuse_unwritable(path, flag)
@@ -2087,12 +2161,12 @@ def plan(args, facts, eps, mean_eps, device, nature=Nature(), linf=None):
     for name in QUICK_LOOK:
         if getattr(args, name) is not None:
             chosen[name] = getattr(args, name)
-    words = chosen["attacks"].split(",")
+    words = words_of(chosen["attacks"])
     if args.protocol:
         words = sensible(words, args, facts, nature)
-    if nature.randomised and "aa" in words:
+    if nature.randomised and any(word.partition(":")[0] == "aa" for word in words):
         print("aa: the network is randomised, AutoAttack's version for such networks runs")
-        words = ["aa-rand" if word == "aa" else word for word in words]
+        words = [re.sub("^aa(?=:|$)", "aa-rand", word) for word in words]
     budget = dict(step=chosen["step"], start=chosen["start"], seed=args.seed, p=args.p,
                   scale=common.pixel_scale(facts) if args.normalized_eps else 1.0,
                   mean_eps=mean_eps, asked_step=args.step_size, linf=linf)
@@ -2472,7 +2546,7 @@ def shared_settings(args, checkpoint, nature, sha):
         settings["sets_seed"] = True
     if ".py:" in name:
         settings["model"] = code
-        settings["model_sha256"] = common.code_of[code]
+        settings["model_sha256"] = common.code_sha256(code)
     return settings
 
 
@@ -2527,7 +2601,11 @@ def open_record(args, checkpoint):
     shas = {weights: weights_sha256(checkpoint[weights]["state_dict"])
             for weights in ("best", "last") if checkpoint[weights]}
     path, _ = common.path_and_model(args.ckpt)
-    return Record(path, shas.values(), record_stem(args)), shas[args.weights]
+    record = Record(path, shas.values(), record_stem(args))
+    if args.record and record.dropped and not args.overwrite:
+        raise common.UsageError(f"--record {args.record} holds {record.dropped} outcomes of other "
+                                "weights: choose another name, or --overwrite replaces them")
+    return record, shas[args.weights]
 
 
 def radii(args, checkpoint, facts):
@@ -2552,7 +2630,8 @@ def open_baseline(args, facts, device, look):
 
 def write_results(args, checkpoint, record, numbers, device):
     """The file of --results: all outcomes on record of these weights, and the verdict."""
-    kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights]
+    kept = [outcome for outcome in record.outcomes if outcome["weights"] == args.weights
+            and outcome["weights_sha256"] in record.shas]
     content = results(checkpoint, kept, device)
     content.update({name: numbers[name] for name in ("verdict", "findings") if name in numbers})
     write_json(args.results, content)
@@ -2591,7 +2670,12 @@ def run():
     lines = tasks(args, todo, facts, device, shared, surrogates, nature)
 
     print_head(args, checkpoint, nature, record)
-    outcomes = run_tasks(args, model, lines, eps, corrupted, record, facts)
+    try:
+        outcomes = run_tasks(args, model, lines, eps, corrupted, record, facts)
+    except KeyboardInterrupt:
+        if record.kept:
+            print(f"\n{record.json_path} keeps what is measured: the same command goes on")
+        raise
     numbers, paths = print_more(args, model, look, checkpoint, eps, outcomes, nature, baseline)
     if args.results:
         write_results(args, checkpoint, record, numbers, device)

@@ -295,7 +295,7 @@ def test_the_identity_of_a_network_is_that_of_its_neighbours_too(tmp_path):
         with pytest.raises(common.UsageError, match="missing.py"):  # leaves no trace
             common.build_model(f"{tmp_path}/missing.py:make", DIGITS)
         common.build_model(name, DIGITS)
-        return common.code_of[name]
+        return common.code_sha256(name)
     before = identity()
     (tmp_path / "other.py").write_text("# changed\n")
     assert identity() == before
