@@ -1243,13 +1243,20 @@ def sets_seed(model, facts):
 
 
 def computed_in(net, default):
-    """The floating type of a network's first parameter or buffer, `default` where it has none."""
+    """The floating type of a network's first matrix of weights, or of its first number at all.
+
+    A number beside the layers, such as a temperature, may have another type. `default` where there
+    is none.
+    """
+    first = None
     for value in itertools.chain(net.parameters(), net.buffers()):
         if nn.parameter.is_lazy(value):  # has no type yet
             continue
         if value.is_floating_point() and value.element_size() > 1:
-            return value.dtype
-    return default
+            if value.ndim > 1:
+                return value.dtype
+            first = first or value.dtype
+    return first or default
 
 
 BACKBONES = ("lenet+, cnn-small, wrn-DEPTH-WIDTH (as in wrn-28-10), resnet18, 34, 50, 101 or 152, "
@@ -1986,6 +1993,8 @@ def load_file(path):
 
     No code of the file is run. UsageError where it cannot be read.
     """
+    if Path(path).is_fifo():
+        raise UsageError(f"{path}: is a pipe, name a file")
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -2182,6 +2191,9 @@ def load_weights(model, content, path):
         raise UsageError(f"{path}: its weights do not fit the model ({misfit(state, own)})")
     for name, _ in model.net.named_parameters():
         kind = getattr(weights.get(name), "dtype", torch.float32)
+        if getattr(weights.get(name), "is_meta", False):
+            raise UsageError(f"{path}: {name} is on the device meta, it has no values: save the "
+                             "network after it is loaded")
         floating = name in own and own[name].is_floating_point()
         if floating and not kind.is_floating_point:
             raise UsageError(f"{path}: {name} holds {kind}, it must be floating numbers")
@@ -2189,6 +2201,7 @@ def load_weights(model, content, path):
         model.net.load_state_dict(weights)
     except Exception as error:  # of a network of the user's own, too
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        reason = reason.rpartition("an exception occurred : ")[2]
         raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})")
 
 
@@ -2298,7 +2311,7 @@ def state_dicts_in(content, place="", depth=0):
     if isinstance(content, (list, tuple)):
         parts = [part for part in content if isinstance(part, dict)]
         content = dict(enumerate(parts))
-    if not isinstance(content, dict) or depth > 3:
+    if not isinstance(content, dict) or depth > 8:
         return
     if content and any(torch.is_tensor(value) for value in content.values()):
         yield place, content

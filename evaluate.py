@@ -735,6 +735,11 @@ class BatchStatistics(torch.nn.Module):
             layer.track_running_stats = False
         try:
             return self.model(x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise common.UsageError("--bn-mode train: one image alone has no statistics, take a "
+                                    "larger --batch-size or --limit")
         finally:
             for layer, (training, tracks) in zip(self.layers, before):
                 layer.training = training
@@ -923,7 +928,7 @@ def advice(model, test, nature):
     for later in range(1, nature.classes):
         labels = (test.labels + later) % nature.classes
         moved = common.accuracy(model, test._replace(labels=labels))
-        if moved > 0.5:
+        if wilson(moved, len(labels))[0] > 0.5:
             return f"{line}: its class is the label + {later}, with that {percent(moved)} %"
     return f"{line}: other weights, another --normalize or other classes?"
 

@@ -1,6 +1,7 @@
 """One opener for every network: wrappers, prefixes, formats, and the user's own files."""
 
 import argparse
+import json
 import sys
 import warnings
 from collections import OrderedDict
@@ -187,6 +188,79 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
             common.load_file(tmp_path / name)
 
 
+def test_files_that_are_no_weights_are_named(net, tmp_path):
+    """Each says what to do. An index of shards is read with its shards."""
+    import os
+    import pickle
+    from safetensors.torch import save_file
+    path, weights = net
+    names = list(weights)
+    for part, chosen in (("a", names[:3]), ("b", names[3:])):
+        save_file({name: weights[name] for name in chosen}, tmp_path / f"{part}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    parts = {name: f"{'ab'[i > 2]}.safetensors" for i, name in enumerate(names)}
+    index.write_text(json.dumps(dict(metadata={}, weight_map=parts)))
+    assert all(torch.equal(common.load_file(index)[name], weights[name]) for name in names)
+    (tmp_path / "config.json").write_text('{"hidden": 3}')
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(dict(weights)))
+    np.savez(tmp_path / "w.npz", a=np.ones(2))
+    os.mkfifo(tmp_path / "pipe")
+    for name, named in (("config.json", "is JSON"), ("w.pkl", "save its state_dict by torch.save"),
+                        ("w.npz", "numpy's .npz"), ("pipe", "is a pipe")):
+        with pytest.raises(common.UsageError, match=named):
+            common.load_file(tmp_path / name)
+    with pytest.raises(common.UsageError, match="1.weight is on the device meta"):
+        opened(tmp_path / "w.pt", dict(weights, **{"1.weight": weights["1.weight"].to("meta")}),
+               f"{path}:plain")
+
+
+def test_of_equal_names_the_shapes_decide(net, tmp_path, capsys):
+    """A larger teacher beside its student; tuples and lists are looked into, too."""
+    path, weights = net
+    teacher = {name: torch.ones(3, 3) for name in weights}
+    deep = dict(a=dict(b=dict(c=dict(d=dict(e=weights)))))
+    for content in (dict(teacher=teacher, student=weights), (weights, 3), [teacher, weights], deep):
+        found = opened(tmp_path / "w.pt", content, f"{path}:plain")
+        assert all(torch.equal(a, b) for a, b in zip(found, weights.values()))
+    assert "also holds" not in capsys.readouterr().out
+
+
+def test_weights_under_two_names(tmp_path):
+    """safetensors.torch.save_model keeps one name of each tensor, whichever comes first."""
+    from safetensors.torch import save_model
+    (tmp_path / "net.py").write_text("""
+from torch import nn
+class Tied(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 8), nn.Linear(8, 8), nn.Linear(8, 8),
+                         nn.Linear(8, 10))
+        self[3].weight = self[2].weight
+""")
+    name = f"{tmp_path}/net.py:Tied"
+    own = common.imported_net(name, 10)
+    save_model(own, str(tmp_path / "kept.safetensors"))
+    expected = own.state_dict()
+    files = [common.load_file(tmp_path / "kept.safetensors")]
+    for lost in ("2.weight", "3.weight"):
+        files.append(under("model.", {n: v for n, v in expected.items() if n != lost}))
+    for content in files:
+        assert len(content) == len(expected) - 1
+        found = opened(tmp_path / "w.pt", content, name)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected.values()))
+    neither = {n: v for n, v in expected.items() if n not in ("2.weight", "3.weight")}
+    with pytest.raises(common.UsageError, match="file lacks 2.weight, 3.weight"):
+        opened(tmp_path / "w.pt", neither, name)
+
+
+def test_init_from_nan_is_refused(net, tmp_path):
+    path, weights = net
+    weights["1.bias"][3] = float("nan")
+    torch.save(weights, tmp_path / "w.pt")
+    model = common.build_model(f"{path}:plain", DIGITS)
+    with pytest.raises(common.UsageError, match="holds NaN in 1.bias: nothing can be trained"):
+        common.load_init(model, tmp_path / "w.pt")
+
+
 def test_counters_do_not_decide(net, tmp_path):
     """BatchNorm's of old files are missing; an averaged network has one more."""
     path, weights = net
@@ -306,6 +380,93 @@ def test_the_identity_of_a_network_is_that_of_its_neighbours_too(tmp_path):
         before = identity()
 
 
+def linear_net(folder, before="", scale="1.0"):
+    """A network in folder/net.py, and x = the value of `scale` in its forward; its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "net.py").write_text(f"{before}\n" + """
+import torch
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(784, 10, bias=False))
+    def forward(self, x):
+""" + f"        {scale}\n        return super().forward(x * scale)\n")
+    return f"{folder}/net.py:Net"
+
+
+def scale_of(name):
+    """The scale that a network of `linear_net` uses, and the identity of its code."""
+    model = common.build_model(name, DIGITS)
+    x = torch.full((1, 1, 28, 28), 0.5)
+    ratio = model(x) / model.net[1](x.flatten(1))
+    return round(ratio.mean().item(), 3), common.code_sha256(name)
+
+
+def test_what_is_imported_within_forward(tmp_path):
+    """By either kind of import; it counts for the identity, and nothing of it stays."""
+    for line in ("from helper import scale", "from .helper import scale"):
+        names = [linear_net(tmp_path / folder, scale=line) for folder in "ab"]
+        (tmp_path / "a" / "helper.py").write_text("scale = 2.0\n")
+        (tmp_path / "b" / "helper.py").write_text("scale = 3.0\n")
+        first, second = (common.build_model(name, DIGITS) for name in names)
+        x = torch.rand(1, 1, 28, 28)
+        for _ in range(2):
+            torch.testing.assert_close(1.5 * first(x), second(x))
+        assert "helper" not in sys.modules
+        before = scale_of(names[0])
+        assert before[0] == 2 and scale_of(names[0]) == before
+        (tmp_path / "a" / "helper.py").write_text("scale = 2.0  # the same\n")
+        again = scale_of(names[0])
+        assert again[0] == 2 and again[1] != before[1]
+
+
+@pytest.mark.parametrize("before", [
+    "import os, sys\nsys.path.append(os.path.dirname(os.path.dirname(__file__)))\n"
+    "from layers.parts import scale as own",
+    "from sub.parts import scale as own"])
+def test_what_lies_elsewhere_belongs_to_its_file(tmp_path, before):
+    """Above the folder, by sys.path, and in packages without __init__.py: each has its own."""
+    names = []
+    for folder, scale in (("a", 2.0), ("b", 3.0)):
+        root = tmp_path / folder
+        names.append(linear_net(root / "src", before, "scale = own"))
+        for package in (root / "layers", root / "src" / "sub"):
+            package.mkdir()
+            (package / "parts.py").write_text(f"scale = {scale}\n")
+    paths = list(sys.path)
+    found = [scale_of(name) for name in names]
+    assert [scale for scale, _ in found] == [2, 3] and sys.path == paths
+    for package in ("layers", "src/sub"):
+        (tmp_path / "a" / package / "parts.py").write_text("scale = 2.0  # the same\n")
+    assert scale_of(names[0])[1] != found[0][1] and scale_of(names[1]) == found[1]
+
+
+def test_the_identity_has_the_names_of_the_files(tmp_path):
+    """The same bytes in another file are another network."""
+    name = linear_net(tmp_path, "import one, two", "scale = getattr(one, 'scale', 1.0)")
+    found = []
+    for one, two in (("scale = 2.0\n", ""), ("", "scale = 2.0\n")):
+        (tmp_path / "one.py").write_text(one)
+        (tmp_path / "two.py").write_text(two)
+        found.append(scale_of(name))
+    assert [scale for scale, _ in found] == [2, 1] and found[0][1] != found[1][1]
+
+
+def test_a_file_that_imports_torchvision_beside_a_torch_for_cpus(tmp_path, monkeypatch):
+    """Its missing operators are declared, as for our own use of it."""
+    name = linear_net(tmp_path, "import sys\nif not sys.test_declared:\n    raise RuntimeError("
+                      "'operator torchvision::nms does not exist')", "scale = 1.0")
+    monkeypatch.setattr(sys, "test_declared", [], raising=False)
+    with pytest.raises(common.UsageError, match="RuntimeError: operator"):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "import_torchvision", lambda: None)
+            common.build_model(name, DIGITS)
+    monkeypatch.setattr(common, "import_torchvision", lambda: sys.test_declared.append(1))
+    common.build_model(name, DIGITS)
+    assert sys.test_declared == [1]
+
+
 def test_packages_installed_below_the_folder_are_imported_once(tmp_path, monkeypatch):
     """A virtual environment beside net.py: what registers itself on import does so once."""
     packages = tmp_path / ".venv" / "lib" / "site-packages"
@@ -381,6 +542,57 @@ class Elsewhere(Inner):
     def forward(self, x):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
+class Listed(Inner):  # layers that state_dict does not see
+    def __init__(self):
+        super().__init__()
+        self.blocks = [nn.Linear(784, 784)]
+    def forward(self, x):
+        return super().forward(self.blocks[0](x.flatten(1)))
+
+class Projected(Inner):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("p", torch.randn(784), persistent=False)
+    def forward(self, x):
+        return super().forward(x.flatten(1) * self.p)
+
+class Fixed(Projected):
+    def __init__(self):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            super().__init__()
+
+class Counts(Inner):  # other logits each time, by numbers of its own
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x * self.calls)
+
+class Temperature(Inner):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+        for i, layer in enumerate(Inner()):
+            self.add_module(str(i), layer)
+    def forward(self, x):
+        for layer in list(self.children()):
+            x = layer(x)
+        return x / self.temperature.float()
+
+class Part(Inner):  # its state_dict is not whole
+    def state_dict(self, *args, **options):
+        state = super().state_dict(*args, **options)
+        return {name: value for name, value in state.items() if name.startswith("3.")}
+
+class Trains(Inner):
+    def train(self, loader):
+        for x, y in loader:
+            pass
+
+class Needs(Inner):
+    def __init__(self):
+        import models_elsewhere
+
 class Configured(Inner):
     def __init__(self, config):
         super().__init__()
@@ -424,7 +636,9 @@ def test_a_forward_that_sets_the_seed_leaves_the_random_numbers_alone(odd):
 
 @pytest.mark.parametrize("function, named", [
     ("Configured", "it needs config: name a function"), ("absent", "odd.py has no 'absent'"),
-    ("meta", "device meta"), ("Elsewhere", r"\(1, 1, 28, 28\) \(AssertionError: Torch not comp")])
+    ("meta", "device meta"), ("Trains", r"its train\(\) must be torch's"),
+    ("Needs", "models_elsewhere.*PYTHONPATH"),
+    ("Elsewhere", r"\(1, 1, 28, 28\) \(AssertionError: Torch not comp")])
 def test_what_cannot_be_built_says_why(odd, function, named):
     with pytest.raises(common.UsageError, match=named):
         common.build_model(f"{odd}:{function}", DIGITS)
@@ -454,3 +668,36 @@ changed = os.getcwd()
 """)
     common.build_model(f"{odd}:network", DIGITS)
     assert settings() == before
+
+
+@pytest.mark.parametrize("function", ["Listed", "Projected"])
+def test_random_values_that_no_file_holds_are_refused(net, odd, tmp_path, function):
+    """Another process would draw others; also of a run of ours. With a seed they are the same."""
+    _, weights = net
+    with pytest.raises(common.UsageError, match="random values that are not among its weights"):
+        opened(tmp_path / "w.pt", weights, f"{odd}:{function}")
+    for allowed in ("Fixed", "Dropout", "Masked", "Counts", "plain"):
+        torch.manual_seed(7)
+        opened(tmp_path / "w.pt", weights, f"{odd}:{allowed}")
+        drawn = torch.rand(3)
+        torch.manual_seed(7)
+        common.build_model(f"{odd}:{allowed}", DIGITS)
+        assert torch.equal(drawn, torch.rand(3)), "the check draws nothing"
+
+
+def test_a_number_of_another_precision_beside_the_layers(net, odd, tmp_path):
+    _, weights = net
+    content = dict(weights, temperature=torch.tensor(2.0, dtype=torch.float64))
+    torch.save(content, tmp_path / "w.pt")
+    model, _ = common.load_model(tmp_path / "w.pt", facts=DIGITS, architecture=f"{odd}:Temperature")
+    plain = common.build_model(f"{odd}:plain", DIGITS).eval()
+    plain.net.load_state_dict(weights)
+    x = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(2 * model(x), plain(x))
+
+
+def test_a_state_dict_that_is_not_whole_is_refused_in_words(net, odd, tmp_path):
+    _, weights = net
+    part = {name: value for name, value in weights.items() if name.startswith("3.")}
+    with pytest.raises(common.UsageError, match="do not fit the model .Missing key"):
+        opened(tmp_path / "w.pt", part, f"{odd}:Part")
