@@ -1367,7 +1367,10 @@ own_code = {}  # a user's network, "path/to/file.py:function" -> its OwnCode
 
 
 def code_sha256(name):
-    """sha256 over the files that have built and run a user's network, as named in `own_code`."""
+    """sha256 over the files that have built and run a user's network, as named in `own_code`.
+
+    They are its code and what it has read: a table of numbers, a file of settings.
+    """
     return own_code[name].sha256()
 
 
@@ -1447,12 +1450,19 @@ class OwnCode:
     they are not, nor do ours hide them: two files may have neighbours of the same names.
     """
 
+    running_now = None  # the OwnCode whose file runs
+    listens = False  # whether `note_opened` is called, which nothing undoes
+
     def __init__(self, path):
+        if not OwnCode.listens:
+            sys.addaudithook(note_opened)
+            OwnCode.listens = True
         self.path = Path(path)
         self.folder = self.path.resolve().parent
         self.package = f"own_{abs(hash(str(self.folder)))}"
         self.search = [str(self.folder), *sys.path]  # its sys.path
         self.modules = {}  # name -> module
+        self.opened = set()  # paths of what the file has read
         for name in list(sys.modules):  # of an earlier import: its files may have changed
             if name.startswith(f"{self.package}."):
                 del sys.modules[name]
@@ -1489,39 +1499,56 @@ class OwnCode:
         sys.modules.update(self.modules)
         sys.path[:] = self.search
         sys.argv = [str(self.path)]
+        outer = OwnCode.running_now
+        OwnCode.running_now = self
         try:
             yield
         finally:
+            OwnCode.running_now = outer
             self.search = list(sys.path)
             sys.path[:] = outside
             sys.argv = arguments
-            self.keep(set(sys.modules) - before - self.modules.keys(), outside)
+            self.keep(set(sys.modules) - before - self.modules.keys())
             for name in self.modules:
                 if name.partition(".")[0] != self.package:
                     sys.modules.pop(name, None)
             sys.modules.update(away)
 
-    def keep(self, names, outside):
-        """Remember which of the modules of these names are the file's own. outside: our path."""
-        if not names:
-            return
-        added = [entry for entry in self.search if entry not in outside]
-        added += os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        roots = [self.folder, *(Path(entry).resolve() for entry in filter(None, added))]
+    def keep(self, names):
+        """Remember which of the modules of these names are the file's own."""
+        roots = self.roots() if names else []
         for name in names:
             if any(lies_in(sys.modules[name], root) for root in roots):
                 self.modules[name] = sys.modules[name]
 
+    def roots(self):
+        """The folders of its own modules; while the file does not run."""
+        added = [entry for entry in self.search if entry not in sys.path]
+        added += os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        return [self.folder, *(Path(entry).resolve() for entry in added if entry)]
+
     def sha256(self):
-        """sha256 over names and contents of the file and of its own modules."""
-        named = (getattr(module, "__file__", None) for module in self.modules.values())
+        """sha256 over names and contents of the file, of its own modules and of what it read."""
+        named = [getattr(module, "__file__", None) for module in self.modules.values()]
+        roots = [Path.cwd(), *self.roots()]
+        named += [file for file in self.opened if any(is_below(file, root) for root in roots)]
         files = {self.path.resolve(), *(Path(file).resolve() for file in named if file)}
         digest = hashlib.sha256()
         for file in sorted(files):
-            if file.is_file():
+            if file.is_file() and file.suffix != ".pyc":
                 name = os.path.relpath(file, self.folder)
                 digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
         return digest.hexdigest()
+
+
+def note_opened(event, arguments):
+    """Python's audit hook: remember what a user's file reads while it runs."""
+    if event != "open" or OwnCode.running_now is None:
+        return
+    path, _, flags = arguments
+    written = flags & (os.O_WRONLY | os.O_RDWR)
+    if isinstance(path, (str, bytes)) and not written:
+        OwnCode.running_now.opened.add(os.path.abspath(os.fsdecode(path)))
 
 
 @contextlib.contextmanager
@@ -1556,11 +1583,17 @@ def lies_in(module, folder):
     A package without __init__.py has a folder instead of a file.
     """
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
-    if not file or folder not in Path(file).resolve().parents:
+    return bool(file) and is_below(file, folder)
+
+
+def is_below(file, folder):
+    """Whether a file is in a folder, or below it, and is not one of an installed package."""
+    file = Path(file).resolve()
+    if folder not in file.parents:
         return False
-    below = Path(file).resolve().relative_to(folder).parts
+    below = file.relative_to(folder).parts
     installed = "site-packages" in below or "dist-packages" in below
-    return not installed and STANDARD_LIBRARY not in Path(file).resolve().parents
+    return not installed and STANDARD_LIBRARY not in file.parents
 
 
 def eat_source(name, facts):

@@ -390,6 +390,7 @@ def test_interrupted_attacks_go_on(digits_run, tmp_path, monkeypatch, capsys):
     calls = interrupt_pgd(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate_main("--ckpt", digits_run, *words)
+    assert "run.eval.json keeps what is measured: the same command" in capsys.readouterr().out
     monkeypatch.setattr(common, "fgsm", None)  # would fail
     evaluate_main("--ckpt", digits_run, *words)
     assert len(calls) == 3 + 3
@@ -800,3 +801,20 @@ def test_files_of_the_user_are_not_outputs(digits_run, tmp_path):
     assert (tmp_path / "k.pth.eval.json").exists()
     with pytest.raises(common.UsageError, match="--transfer needs --surrogate"):
         evaluate_main("--ckpt", other, "--transfer", "fgsm")
+
+
+def test_labels_and_names_of_own_data(tmp_path):
+    """A label far above the number of images; a file's ending, and another case, in a name."""
+    arrays = {}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"] = np.zeros((4, 8, 8), np.uint8)
+        arrays[f"{split}_labels"] = np.array([0, 1, 0, 1], np.uint64)
+    np.savez(tmp_path / "mine.npz", **arrays)
+    assert common.dataset_facts("mine", tmp_path)["classes"] == 2
+    arrays["train_labels"] = np.array([0, 1, 0, 10 ** 12])
+    np.savez(tmp_path / "ids.npz", **arrays)
+    with pytest.raises(common.UsageError, match="highest of 4 is 1000000000000"):
+        common.dataset_facts("ids", tmp_path)
+    for name, meant in (("mine.npz", "mine"), ("Mine", "mine"), ("MNIST", "mnist")):
+        with pytest.raises(common.UsageError, match=f"did you mean {meant}[?]"):
+            common.dataset_facts(name, tmp_path)

@@ -195,10 +195,11 @@ def test_files_that_are_no_weights_are_named(net, tmp_path):
     from safetensors.torch import save_file
     path, weights = net
     names = list(weights)
-    for part, chosen in (("a", names[:3]), ("b", names[3:])):
-        save_file({name: weights[name] for name in chosen}, tmp_path / f"{part}.safetensors")
+    parts = {}
+    for file, chosen in (("a.safetensors", names[:3]), ("b.safetensors", names[3:])):
+        save_file({name: weights[name] for name in chosen}, tmp_path / file)
+        parts.update(dict.fromkeys(chosen, file))
     index = tmp_path / "model.safetensors.index.json"
-    parts = {name: f"{'ab'[i > 2]}.safetensors" for i, name in enumerate(names)}
     index.write_text(json.dumps(dict(metadata={}, weight_map=parts)))
     assert all(torch.equal(common.load_file(index)[name], weights[name]) for name in names)
     (tmp_path / "config.json").write_text('{"hidden": 3}')
@@ -451,6 +452,28 @@ def test_the_identity_has_the_names_of_the_files(tmp_path):
         (tmp_path / "two.py").write_text(two)
         found.append(scale_of(name))
     assert [scale for scale, _ in found] == [2, 1] and found[0][1] != found[1][1]
+
+
+def test_what_a_network_reads_counts_for_its_identity(tmp_path, monkeypatch):
+    """A table beside it, settings in the present folder; not what it writes, nor other files."""
+    monkeypatch.chdir(tmp_path)
+    before = ("import json, numpy, os\ntable = numpy.load(os.path.join(os.path.dirname(__file__), "
+              "'table.npy'))\nopen('log', 'w').write('read')")
+    name = linear_net(tmp_path / "src", before,
+                      "scale = float(table) * json.load(open('settings.json'))")
+    def write(factor):
+        np.save(tmp_path / "src" / "table.npy", np.float64(factor))
+        (tmp_path / "settings.json").write_text("3")
+    write(2)
+    first = scale_of(name)
+    (tmp_path / "src" / "other.txt").write_text("not read")
+    (tmp_path / "log").write_text("changed")
+    assert scale_of(name) == first and first[0] == 6
+    (tmp_path / "settings.json").write_text("5")
+    second = scale_of(name)
+    write(4)
+    third = scale_of(name)
+    assert (second[0], third[0]) == (10, 12) and len({first[1], second[1], third[1]}) == 3
 
 
 def test_a_file_that_imports_torchvision_beside_a_torch_for_cpus(tmp_path, monkeypatch):

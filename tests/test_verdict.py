@@ -103,6 +103,22 @@ class Seeded(Plain):
         torch.manual_seed(0)
         return super().forward(x)
 
+class Last(Plain):  # keeps its last images in a buffer, of another size each time
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(0), persistent=False)
+    def forward(self, x):
+        self.last = x.detach()
+        return super().forward(x)
+
+class Expanded(Plain):  # a buffer that cannot be written to
+    def __init__(self):
+        super().__init__()
+        mean = torch.zeros(1).expand(1, 1, 28, 28)
+        self.register_buffer("mean", mean, persistent=False)
+    def forward(self, x):
+        return super().forward(x - self.mean)
+
 class Late(Plain):  # fails on batches that are larger than the first
     def forward(self, x):
         return super().forward(x) if len(x) <= 100 else x[:3] @ x
@@ -180,7 +196,7 @@ def accuracies(outcomes):
 
 
 @pytest.mark.parametrize("function, named", [
-    ("NanLogits", "not finite"), ("Tuple", "tuple"), ("NoGrad", "differentiably"),
+    ("NanLogits", "it cannot be judged"), ("Tuple", "tuple"), ("NoGrad", "differentiably"),
     ("Detached", "differentiably"), ("Whole", "floating"), ("Fragile", "fails on a batch of"),
     ("Late", "fails on a batch of 140"), ("Masked", "mask a class by -1e4")])
 def test_what_cannot_be_attacked_is_refused_before_the_first_attack(look, tmp_path, function,
@@ -189,6 +205,14 @@ def test_what_cannot_be_attacked_is_refused_before_the_first_attack(look, tmp_pa
     with pytest.raises(common.UsageError, match=named) as error:
         look(function, "--attacks", "clean,fgsm", *flags)
     assert "\n" not in str(error.value).strip() and not (tmp_path / f"{function}.json").exists()
+
+
+def test_weights_that_hold_nan_are_named(theirs, look, tmp_path):
+    weights = torch.load(theirs / "weights.pt", weights_only=True)
+    weights["b.weight"][2, 3] = float("nan")
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(common.UsageError, match="not finite.*its weights hold NaN in b.weight"):
+        look("Plain", "--attacks", "clean", "--ckpt", tmp_path / "w.pt")
 
 
 def test_logits_that_are_not_finite_under_attack_are_refused(look):
@@ -293,6 +317,8 @@ def test_probabilities_are_named(look):
     probabilities = look("Softmax", "--attacks", "clean")
     assert accuracies(usual[0]) == accuracies(probabilities[0])
     assert "let it return logits" in probabilities[1] and "probabilities" not in usual[1]
+    one = torch.tensor([[0.1, 0.25]])  # logits of one image, by chance
+    assert not evaluate.seem_probabilities(one) and evaluate.seem_probabilities(one.softmax(1))
     nature = evaluate.Nature(n=400, classes=10, probabilities=True)
     signs = findings([0.98, 0.5, 0.4, 0.3], nature=nature)
     found = [evaluate.Finding(sign, passed, "") for sign, passed in signs.items()]
@@ -318,6 +344,10 @@ def test_advice_leaves_the_network_as_it_was(look, theirs):
     """One that refuses other images is evaluated; one that keeps statistics keeps the old."""
     usual, _ = look("Plain", "--attacks", "clean,fgsm")
     assert accuracies(look("Strict", "--attacks", "clean,fgsm")[0]) == accuracies(usual)
+    usual, _ = look("Plain", "--attacks", "clean,fgsm", "--limit", 120)
+    for name in ("Last", "Expanded"):
+        found, _ = look(name, "--attacks", "clean,fgsm", "--limit", 120)
+        assert accuracies(found)["fgsm"] == accuracies(usual)["fgsm"]
     assert "changes its own buffers" in look("Updated", "--attacks", "clean")[1]
     model = common.build_model(f"{theirs}/nets.py:Updated", DIGITS).eval()
     model.net.mean.fill_(0.25)
@@ -560,6 +590,8 @@ def test_bn_mode_train(tmp_path, capsys):
     assert "BatchNorm in train mode, batches of 100" in capsys.readouterr().out
     with pytest.raises(common.UsageError, match="has no BatchNorm"):
         evaluate.BatchStatistics(nn.Linear(2, 2))
+    with pytest.raises(common.UsageError, match="one image alone .* larger --batch-size"):
+        evaluate.Guarded(wrapped)(x[:1])
 
 
 @pytest.mark.parametrize("protocol", ["table", "atlas", "iaat", "saliency", "dra", "sat_rx"])
@@ -623,12 +655,33 @@ def test_an_output_never_replaces_the_network_or_a_device(theirs, look, tmp_path
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--attacks", ""], "names no attack"), (["--attacks", "PGD20"], "did you mean pgd-20"),
+    (["--attacks", ""], "names no attack"), (["--attacks", " , "], "names no attack"),
+    (["--attacks", "PGD20"], "did you mean pgd-20"),
     (["--attacks", "autoattack"], "did you mean aa"), (["--attacks", "pgd-0"], "no attack: choose"),
     (["--attacks", "clean", "--batch-size", 2 ** 70], "at most 2147483647")])
 def test_odd_flags_are_refused(look, flags, named):
     with pytest.raises(common.UsageError, match=named):
         look("Plain", *flags)
+
+
+def test_lists_of_attacks_are_read_with_spaces_and_commas():
+    """AutoAttack is found in them where the network is randomised, with a radius, too."""
+    args = evaluate.parse(["--ckpt", "x.pt", "--attacks", " clean,, aa , aa:0.02,"])
+    args.p = 1 / 3
+    nature = evaluate.Nature(randomised=True)
+    todo = evaluate.plan(args, DIGITS, 0.1, None, torch.device("cpu"), nature)
+    assert [attack.name for attack, _, _ in todo] == ["clean", "aa-rand", "aa-rand:0.02"]
+
+
+def test_a_surrogate_is_one_however_it_is_spelled(theirs, tmp_path, monkeypatch):
+    monkeypatch.chdir(theirs)
+    (tmp_path / "link.pt").symlink_to(theirs / "weights.pt")
+    spelled = ["weights.pt", "./weights.pt", theirs / "weights.pt", tmp_path / "link.pt",
+               "weights.pt=nets.py:Plain", f"weights.pt={theirs}/nets.py:Plain"]
+    words = ["--ckpt", "x.pt", "--model", "nets.py:Plain"]
+    for path in [*spelled, "weights.pt=nets.py:Half"]:
+        words += ["--surrogate", str(path)]
+    assert evaluate.parse(words).surrogate == ["weights.pt", "weights.pt=nets.py:Half"]
 
 
 def test_images_of_a_surrogate_are_those_of_its_code(theirs, look, tmp_path):
@@ -654,6 +707,65 @@ def test_images_of_a_surrogate_are_those_of_its_code(theirs, look, tmp_path):
     assert turned > own + 20 and transferred("Mixed") == own
     (tmp_path / "middle.py").write_text("turned = 1 == 1\n")
     assert transferred("Mixed") == turned and transferred("Plain") == own
+
+
+def test_a_record_never_replaces_another_file(theirs, look, tmp_path):
+    """Data, results, another output or a lock of the user's; nor outcomes of other weights."""
+    mine = tmp_path / "mine.npz"
+    np.savez(mine, train_images=np.zeros(3))
+    (tmp_path / "res.json").write_text('{"history": [1]}')
+    (tmp_path / "rows.json").write_text('[{"key": 1}]')
+    other = ["--results", tmp_path / "o.json"], ["--save-adv", tmp_path / "o.npz"]
+    cases = [("mine", ["--data-dir", tmp_path], "would replace"), ("mine", [], "train_images, not"),
+             ("res", [], "is no record"), ("rows", [], "is no record"),
+             *(("o", flags, "or to the record") for flags in other)]
+    for name, flags, named in cases:
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(common.UsageError, match=named):
+            look("Plain", "--attacks", "clean", "--record", tmp_path / f"{name}.json", *flags)
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "Plain.lock").write_text("of poetry")
+    look("Plain", "--attacks", "clean")
+    assert (tmp_path / "Plain.lock").read_text() == "of poetry"
+    weights = torch.load(theirs / "weights.pt", weights_only=True)
+    torch.save({name: 2 * value for name, value in weights.items()}, tmp_path / "w.pt")
+    kept = (tmp_path / "Plain.json").read_text()
+    with pytest.raises(common.UsageError, match="holds 1 outcomes of other weights"):
+        look("Plain", "--attacks", "fgsm", "--ckpt", tmp_path / "w.pt")
+    assert (tmp_path / "Plain.json").read_text() == kept
+    look("Plain", "--attacks", "fgsm", "--ckpt", tmp_path / "w.pt", "--overwrite")
+    (tmp_path / "Half.lock").mkdir()
+    with pytest.raises(common.UsageError, match="Half.lock: cannot be written"):
+        look("Half", "--attacks", "clean")
+
+
+def test_export_keeps_what_float16_cannot_hold(tmp_path):
+    """Above 65,504 or far below 1e-7; all else is in float16, and whole numbers stay."""
+    state = {"bn.running_var": torch.tensor([1.0, 1e6]), "small": torch.tensor([1e-9, 3e-9]),
+             "usual": torch.randn(50), "zero": torch.zeros(2), "empty": torch.zeros(0),
+             "bn.num_batches_tracked": torch.tensor(70_000)}
+    for name, value in state.items():
+        kept = evaluate.in_half(value)
+        assert (kept.dtype == torch.float16) == (name in ("usual", "zero")), name
+        torch.testing.assert_close(kept.to(value.dtype), value, rtol=1e-3, atol=1e-3)
+
+
+def test_an_order_of_labels_is_named_on_evidence_alone():
+    """11 of 20 images of two classes say nothing, 40 of 40 of ten do."""
+    for n, classes, shift in ((20, 2, 0), (40, 10, 1)):
+        labels = torch.arange(n) % classes
+        images = labels.view(-1, 1, 1, 1).expand(n, 1, 28, 28).to(torch.uint8)
+        if shift == 0:
+            images[:11] = 1 - images[:11]
+        network = nn.Sequential(nn.Flatten(), nn.Linear(784, classes, bias=False))
+        model = common.Classifier(network, "none", (0.0,), (1.0,)).eval()
+        model.forward = lambda x, normalize=True: nn.functional.one_hot(
+            ((255 * x[:, 0, 0, 0]).round().long() + shift) % classes, classes).float()
+        test = common.Split(images.contiguous(), labels, torch.arange(n))
+        accuracy = common.accuracy(model, test)
+        nature = evaluate.Nature(accuracy=accuracy, n=n, classes=classes)
+        line = evaluate.advice(model, test, nature)
+        assert accuracy < 0.5 and ("its class is the label + 1" in line) == (shift == 1)
 
 
 def test_few_images_are_neither_at_chance_nor_sound():
