@@ -1219,6 +1219,8 @@ class Classifier(nn.Module):
             logits = self.net(x)
         if not torch.is_tensor(logits) or not logits.is_floating_point():
             return logits
+        if type(logits) is not torch.Tensor:
+            logits = logits.as_subclass(torch.Tensor)  # one of the user's own kind
         is_low = logits.dtype in (torch.bfloat16, torch.float16)
         return logits.float() if is_low or self.foreign else logits
 
@@ -2454,38 +2456,47 @@ def load_model(path, weights="best", device="cpu", facts=None, architecture=None
 
 
 def refuse_unsaved_values(model, name, facts, path):
-    """UsageError where a user's network computes with random values that no file holds."""
+    """UsageError where a user's network computes with values that no file holds.
+
+    They would be others in the next process.
+    """
     if model.code and not computes_the_same(model, name, facts):
-        raise UsageError(f"{path}: the network of {name} computes with random values that are not "
-                         "among its weights (layers in a plain list, a buffer with "
-                         "persistent=False?): register them, or set the seed before they are "
-                         "drawn")
+        raise UsageError(f"{path}: the network of {name} computes with values that are not among "
+                         "its weights: random ones (layers in a plain list, a buffer with "
+                         "persistent=False?) or those of the first images that it sees. Register "
+                         "them, or set the seed before they are drawn")
 
 
 def computes_the_same(model, name, facts):
     """Whether a second network, built from other random numbers, computes as the first does.
 
-    It gets the same weights, and its forward the same random numbers. True also where the second
-    one cannot be built, and where the first gives other logits each time.
+    It has seen other images first. It gets the same weights, and its forward the same random
+    numbers. True also where the second one cannot be built, and where the first gives other logits
+    each time.
     """
     device = model.mean.device
     code = own_code[model.code]
     logits = []
-    with random_numbers_kept(device), buffers_kept(model), contextlib.suppress(Exception):
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with random_numbers_kept(device), buffers_kept(model), silence, contextlib.suppress(Exception):
         torch.manual_seed(secrets.randbits(32))
-        other = build_model(name, facts, model.normalize, device).eval()
-        other.net.load_state_dict(model.net.state_dict())
+        net = imported_net(name, facts["classes"])
+        other = Classifier(net, model.normalize, facts["mean"], facts["std"], foreign=True)
+        other.code = name
+        other.to(device).eval()
         x = torch.rand(2, *facts["shape"], device=device)
-        for network in (model, model, other):
-            torch.manual_seed(0)
-            with torch.no_grad():
+        with torch.no_grad():
+            other(x)  # the sizes of lazy layers, too
+            other.net.load_state_dict(model.net.state_dict())
+            for network in (model, model, other):
+                torch.manual_seed(0)
                 logits.append(network(x).nan_to_num())
     own_code[model.code] = code
     if len(logits) < 3:
         return True
     first, again, second = logits
     bound = 1e-3 * first.abs().max()
-    return (first - again).abs().max() > bound or (first - second).abs().max() <= bound
+    return bool((first - again).abs().max() > bound or (first - second).abs().max() <= bound)
 
 
 @contextlib.contextmanager

@@ -579,6 +579,20 @@ class Projected(Inner):
     def forward(self, x):
         return super().forward(x.flatten(1) * self.p)
 
+class FirstSeen(Inner):  # the mean of the first images, which may be anybody's
+    mean = None
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+class Wrapped(torch.Tensor):
+    pass
+
+class OwnTensor(Inner):
+    def forward(self, x):
+        return super().forward(x).as_subclass(Wrapped)
+
 class Fixed(Projected):
     def __init__(self):
         with torch.random.fork_rng([]):
@@ -693,11 +707,11 @@ changed = os.getcwd()
     assert settings() == before
 
 
-@pytest.mark.parametrize("function", ["Listed", "Projected"])
-def test_random_values_that_no_file_holds_are_refused(net, odd, tmp_path, function):
-    """Another process would draw others; also of a run of ours. With a seed they are the same."""
+@pytest.mark.parametrize("function", ["Listed", "Projected", "FirstSeen"])
+def test_values_that_no_file_holds_are_refused(net, odd, tmp_path, function):
+    """Another process would have others. With a seed they are the same."""
     _, weights = net
-    with pytest.raises(common.UsageError, match="random values that are not among its weights"):
+    with pytest.raises(common.UsageError, match="values that are not among its weights"):
         opened(tmp_path / "w.pt", weights, f"{odd}:{function}")
     for allowed in ("Fixed", "Dropout", "Masked", "Counts", "plain"):
         torch.manual_seed(7)
@@ -706,6 +720,16 @@ def test_random_values_that_no_file_holds_are_refused(net, odd, tmp_path, functi
         torch.manual_seed(7)
         common.build_model(f"{odd}:{allowed}", DIGITS)
         assert torch.equal(drawn, torch.rand(3)), "the check draws nothing"
+
+
+def test_logits_are_plain_tensors(net, odd, tmp_path):
+    """Those of the user's own kind would mix with ours, and with those of a second import."""
+    _, weights = net
+    torch.save(weights, tmp_path / "w.pt")
+    model, _ = common.load_model(tmp_path / "w.pt", facts=DIGITS, architecture=f"{odd}:OwnTensor")
+    x = torch.rand(3, 1, 28, 28)
+    gradient, logits = common.input_gradient(model, x, torch.arange(3))
+    assert type(logits) is torch.Tensor and gradient.abs().sum() > 0
 
 
 def test_a_number_of_another_precision_beside_the_layers(net, odd, tmp_path):
