@@ -1532,7 +1532,9 @@ class OwnCode:
     def sha256(self):
         """sha256 over names and contents of the file, of its own modules and of what it read."""
         named = [getattr(module, "__file__", None) for module in self.modules.values()]
-        roots = [Path.cwd(), *self.roots()]
+        roots = self.roots()
+        if Path.cwd() != Path(Path.cwd().anchor):  # below "/" lies the whole system
+            roots.append(Path.cwd())
         named += [file for file in self.opened if any(is_below(file, root) for root in roots)]
         files = {self.path.resolve(), *(Path(file).resolve() for file in named if file)}
         digest = hashlib.sha256()

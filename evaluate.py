@@ -204,9 +204,10 @@ def file_flags(flag):
     flag("--data-dir", default="data", help="folder that holds NAME.npz, imagenet/val, "
          "ImageNet-C, CIFAR-10-C ... (%(default)s)")
     flag("--record", metavar="FILE.json", help="where outcomes, facts of samples and transfer "
-         "images go (beside --ckpt; of a checkpoint in results/weights nothing is kept)")
+         "images go, one file for each checkpoint (beside --ckpt; of a checkpoint in "
+         "results/weights nothing is kept)")
     flag("--overwrite", action="store_true", help="replace the files of --results, --export and "
-         "--save-adv, and measure anew what is on record")
+         "--save-adv, measure anew what is on record, and drop what --record has of other weights")
     flag("--batch-size", type=common.number(1, 2 ** 31 - 1, kind=int), help="images attacked "
          "at once (250; with --bn-mode train 100)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
@@ -1990,7 +1991,7 @@ def results(checkpoint, outcomes, device):
 
 
 def in_half(value):
-    """A tensor in float16; as it is where float16 cannot hold its values, or it has others."""
+    """A tensor in float16, or as it is: of whole numbers, or where float16 would lose them."""
     if not (torch.is_tensor(value) and value.is_floating_point() and value.numel()):
         return value
     half = value.half()
@@ -2608,8 +2609,8 @@ def open_record(args, checkpoint):
     path, _ = common.path_and_model(args.ckpt)
     record = Record(path, shas.values(), record_stem(args))
     if args.record and record.dropped and not args.overwrite:
-        raise common.UsageError(f"--record {args.record} holds {record.dropped} outcomes of other "
-                                "weights: choose another name, or --overwrite replaces them")
+        raise common.UsageError(f"--record {args.record} holds outcomes of other weights: "
+                                "choose another name, or --overwrite replaces them")
     return record, shas[args.weights]
 
 

@@ -730,7 +730,7 @@ def test_a_record_never_replaces_another_file(theirs, look, tmp_path):
     weights = torch.load(theirs / "weights.pt", weights_only=True)
     torch.save({name: 2 * value for name, value in weights.items()}, tmp_path / "w.pt")
     kept = (tmp_path / "Plain.json").read_text()
-    with pytest.raises(common.UsageError, match="holds 1 outcomes of other weights"):
+    with pytest.raises(common.UsageError, match="holds outcomes of other weights"):
         look("Plain", "--attacks", "fgsm", "--ckpt", tmp_path / "w.pt")
     assert (tmp_path / "Plain.json").read_text() == kept
     look("Plain", "--attacks", "fgsm", "--ckpt", tmp_path / "w.pt", "--overwrite")
