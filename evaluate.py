@@ -223,7 +223,7 @@ def refuse_own_files(args):
     if args.baseline:
         named.append(args.baseline)
     networks = [common.path_and_model(path)[0] for path in named]
-    own = [*networks, *Path(args.data_dir).glob("*.npz")]
+    own = list(networks)
     models = [args.model, *(common.path_and_model(path)[1] for path in named)]
     own += [model.rpartition(":")[0] for model in models if model and ".py:" in model]
     stem = stem_of(networks[0])
@@ -236,6 +236,7 @@ def refuse_own_files(args):
                                     "name")
         taken.append(path.resolve())
     taken += [path.resolve() for path in record_files(f"{stem}.eval")]
+    taken += [path.resolve() for path in Path(args.data_dir).glob("*.npz")]
     for path in filter(None, (args.results, args.export, args.save_adv)):
         if Path(path).resolve() in taken:
             raise common.UsageError(f"{path} belongs to --ckpt {args.ckpt} or to the record, or is "

@@ -716,7 +716,10 @@ def test_a_record_never_replaces_another_file(theirs, look, tmp_path):
     (tmp_path / "res.json").write_text('{"history": [1]}')
     (tmp_path / "rows.json").write_text('[{"key": 1}]')
     other = ["--results", tmp_path / "o.json"], ["--save-adv", tmp_path / "o.npz"]
-    cases = [("mine", ["--data-dir", tmp_path], "would replace"), ("mine", [], "train_images, not"),
+    np.savez(tmp_path / "run.npz", train_images=np.zeros(3))
+    (tmp_path / "run.json").write_text("of weights, perhaps")
+    cases = [("mine", ["--data-dir", tmp_path], "train_images, not"),
+             ("run", ["--ckpt", tmp_path / "run.json"], "would replace"),
              ("res", [], "is no record"), ("rows", [], "is no record"),
              *(("o", flags, "or to the record") for flags in other)]
     for name, flags, named in cases:
