@@ -107,7 +107,7 @@ def parse(argv=None):
     for name in ("attacks", "transfer"):
         text = getattr(args, name)
         if text is not None:
-            setattr(args, name, ",".join(words_of(text)))
+            setattr(args, name, text.strip(" ,"))
     if args.attacks == "" and not (args.sanity or args.alignment or args.plots or args.surrogate):
         raise common.UsageError("--attacks names no attack: there is nothing to measure")
     if args.batch_size is None:
@@ -116,11 +116,6 @@ def parse(argv=None):
         need("matplotlib", "--plots")
     refuse_own_files(args)
     return args
-
-
-def words_of(text):
-    """The words of a comma-separated list, without what is empty."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def each_once(paths, usual):
@@ -557,8 +552,8 @@ def parse_attacks(text, facts, eps, step=None, start="ball", seed=0, p=1 / 3, sc
     other than 1, the attack's name says so.
     """
     attacks = {}
-    for word in words_of(text):
-        attack = parse_attack(word, facts, eps, step, mean_eps, asked_step)
+    for word in text.split(",") if text else ():
+        attack = parse_attack(word.strip(), facts, eps, step, mean_eps, asked_step)
         attack = attack._replace(seed=seed)
         if ATTACKS[attack.kind].restarts:
             attack = attack._replace(start=start if attack.kind in ("pgd", "pgd-cw") else "ball")
@@ -2168,7 +2163,7 @@ def plan(args, facts, eps, mean_eps, device, nature=Nature(), linf=None):
     for name in QUICK_LOOK:
         if getattr(args, name) is not None:
             chosen[name] = getattr(args, name)
-    words = words_of(chosen["attacks"])
+    words = [word.strip() for word in chosen["attacks"].split(",")]
     if args.protocol:
         words = sensible(words, args, facts, nature)
     if nature.randomised and any(word.partition(":")[0] == "aa" for word in words):

@@ -664,9 +664,9 @@ def test_odd_flags_are_refused(look, flags, named):
         look("Plain", *flags)
 
 
-def test_lists_of_attacks_are_read_with_spaces_and_commas():
+def test_lists_of_attacks_are_read_with_spaces_and_a_last_comma():
     """AutoAttack is found in them where the network is randomised, with a radius, too."""
-    args = evaluate.parse(["--ckpt", "x.pt", "--attacks", " clean,, aa , aa:0.02,"])
+    args = evaluate.parse(["--ckpt", "x.pt", "--attacks", " clean, aa , aa:0.02,"])
     args.p = 1 / 3
     nature = evaluate.Nature(randomised=True)
     todo = evaluate.plan(args, DIGITS, 0.1, None, torch.device("cpu"), nature)
