@@ -110,6 +110,8 @@ def parse(argv=None):
             setattr(args, name, text.strip(" ,"))
     if args.attacks == "" and not (args.sanity or args.alignment or args.plots or args.surrogate):
         raise common.UsageError("--attacks names no attack: there is nothing to measure")
+    if args.surrogate and args.transfer == "":
+        raise common.UsageError("--transfer names no attack: leave --surrogate out, too")
     if args.batch_size is None:
         args.batch_size = 100 if args.bn_mode == "train" else 250
     if args.plots:

@@ -656,6 +656,7 @@ def test_an_output_never_replaces_the_network_or_a_device(theirs, look, tmp_path
 
 @pytest.mark.parametrize("flags, named", [
     (["--attacks", ""], "names no attack"), (["--attacks", " , "], "names no attack"),
+    (["--surrogate", "x.pt", "--transfer", ","], "--transfer names no attack"),
     (["--attacks", "PGD20"], "did you mean pgd-20"),
     (["--attacks", "autoattack"], "did you mean aa"), (["--attacks", "pgd-0"], "no attack: choose"),
     (["--attacks", "clean", "--batch-size", 2 ** 70], "at most 2147483647")])
