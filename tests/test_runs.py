@@ -815,7 +815,7 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "is finished" in out
     assert "has changed since this run began" in out
-    assert "(float32, CPU" in out
+    assert "trains in float32 on CPU" in " ".join(out.split())
     with pytest.raises(common.UsageError, match="schedule was paper, is onecycle"):
         train(*words, "--resume", "--schedule", "onecycle")
     with pytest.raises(common.UsageError, match="begun with --precision float32"):
