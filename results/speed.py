@@ -13,7 +13,9 @@ TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000}
 NAMES = {"pgd-at": "pgd-at-7", "trades": "trades-7", "finetune": "dra"}  # there -> here
 NOTES = """\
 * A step is as fast as its bare passes where "of its bare passes" is 1. Where it is below, two
-  passes share work.
+  passes share work. A step also updates the weights. LeNet+ has many for little computation, so
+  this is what its short steps cost above their passes. R1 also attacks one image alone in several
+  steps, and the saliency script's discriminators are no passes of the network.
 * "needs" is what the mathematics of a method asks for, in forward passes; "counted" are the
   operations that were really made, on the same scale.
 * ATLAS and the saliency script differentiate a gradient. PyTorch builds the second derivative of
