@@ -1475,8 +1475,8 @@ def plots(directory, scene):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     paths = []
-    for draw in (draw_curves, draw_surface, draw_images, draw_maps, draw_dra, draw_training,
-                 draw_eps):
+    for draw in (draw_curves, draw_surface, draw_images, draw_maps, draw_dra, draw_dra_images,
+                 draw_training, draw_eps):
         figure = draw(plt, scene)
         if figure:
             paths.append(Path(directory) / f"{draw.__name__[5:]}.png")
@@ -1585,7 +1585,7 @@ def map_pictures(maps):
 def draw_images(plt, scene):
     """Clean and PGD-40 images, their difference, and the saliency.
 
-    After figs. 4 and 6 of the saliency paper and fig. 3 of DRA's.
+    After figs. 4 and 6 of the saliency paper.
     """
     model = scene.model
     x, y, _ = next(common.eval_batches(scene.test, 8))
@@ -1684,6 +1684,42 @@ def draw_dra(plt, scene):
     ax.set(title=network_name(scene.checkpoint), xlabel="share p of the values changed",
            ylabel="misclassified (%)", ylim=(0, 102))
     ax.legend()
+    return figure
+
+
+def draw_dra_images(plt, scene):
+    """Images under PGD-5 and DRA-5, and what each changes (fig. 3 of DRA's paper); of its runs.
+
+    PGD at 2.55 and DRA at 1 of an eighth of the data set's usual eps: 2.55/255 and 1/255 on CIFAR,
+    which the paper finds equally strong. The changes of an image have one scale.
+    """
+    if "adversary" not in scene.checkpoint["args"]:
+        return None
+    x, y, _ = next(common.eval_batches(scene.test, 8))
+    facts = common.checkpoint_facts(scene.checkpoint)
+    rows = {"clean": x}
+    with common.model_mode(scene.model, "eval"):
+        for name, share in (("pgd-5", 2.55), ("dra-5", 1)):
+            eps = share * facts["eps"] / 8
+            attack, = parse_attacks(name, facts, eps, p=scene.checkpoint["args"]["p"])
+            common.seed_stream(scene.seed, "dra_images")
+            rows[f"{name}, {common.shown(eps)}"] = ATTACKS[attack.kind].run(
+                scene.model, x, y, attack, y)
+        predicted = {name: logits_of(scene.model, images).argmax(1).tolist()
+                     for name, images in rows.items()}
+    changes = torch.stack([images - x for images in list(rows.values())[1:]])
+    largest = changes.abs().amax((0, 2, 3, 4)).clamp(min=1e-30)[:, None, None, None]
+    for name, change in zip(list(rows)[1:], changes):
+        rows[f"by {name.partition(',')[0]}"] = 0.5 + change / (2 * largest)
+    figure, axes = plt.subplots(5, len(x), figsize=(1.4 * len(x), 8.2), layout="constrained",
+                                squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for column, (ax, image) in enumerate(zip(line, images)):
+            show(ax, image)
+            if name in predicted:
+                name_prediction(ax, predicted[name][column], y[column].item())
+        line[0].set_ylabel(name)
+    figure.suptitle(f"{network_name(scene.checkpoint)}: red: misclassified; below: the changes")
     return figure
 
 

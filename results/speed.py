@@ -60,8 +60,9 @@ def page(folder):
     found = read(folder)
     if found is None:
         return None
+    command = found["command"].replace("python b", "python tests/b")
     parts = ["# Speed", "Made by `python results/report.py` from [speed.json](speed.json). "
-             f"`{found['command']}`, commit {found['commit']}, {found['hardware']}, torch "
+             f"`{command}`, commit {found['commit']}, {found['hardware']}, torch "
              f"{found['versions']['torch']}. Medians of {found['repeats']} repeats; what a table "
              "compares took turns. The machine did nothing else.", NOTES,
              "## PGD beside foolbox", "LeNet+ on digits, 20 steps; equal eps, step and starts; the "

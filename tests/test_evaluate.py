@@ -699,6 +699,24 @@ def test_the_share_of_values_is_drawn_for_runs_of_dra_alone(digits_run):
     assert all(len(line.get_xdata()) == 7 for line in lines)
 
 
+def test_images_of_dra_and_pgd_are_drawn_for_runs_of_dra_alone(digits_run):
+    """DRA changes a third of the values, PGD nearly all; both changes have one scale."""
+    from matplotlib import pyplot
+    model, checkpoint = common.load_model(digits_run)
+    test = evaluate.load_test(common.dataset_facts("digits"), "data", 12, "cpu")
+    scene = evaluate.Scene(model, checkpoint, test, {}, 0.1, 0, "data")
+    assert evaluate.draw_dra_images(pyplot, scene) is None
+    run = dict(checkpoint, args=dict(checkpoint["args"], adversary="dra", p=1 / 3))
+    figure = evaluate.draw_dra_images(pyplot, scene._replace(checkpoint=run))
+    grid = np.array(figure.axes).reshape(5, 8)
+    assert [ax.get_ylabel() for ax in grid[:, 0]] == [
+        "clean", "pgd-5, 0.03188", "dra-5, 0.0125", "by pgd-5", "by dra-5"]
+    changes = [np.array([ax.images[0].get_array() for ax in line]) - 0.5 for line in grid[3:]]
+    of_pgd, of_dra = [np.abs(change).reshape(8, -1) for change in changes]
+    assert np.allclose(np.maximum(of_pgd, of_dra).max(1), 0.5)
+    assert (of_dra > 1e-6).mean() < 0.4 < 0.6 < (of_pgd > 1e-6).mean()
+
+
 def test_what_is_missing_is_said_before_the_first_attack(digits_run, tmp_path, monkeypatch):
     """A package or a folder that only the last step needs."""
     real = evaluate.importlib.util.find_spec
