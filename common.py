@@ -736,7 +736,8 @@ def dataset_facts(name, data_dir="data", chosen=None):
 def own_facts(name, data_dir, chosen):
     """The entries of DATASETS for the user's own {data_dir}/{name}.npz.
 
-    images counts those of the chosen classes; the other entries are of the whole data set.
+    images counts those of the chosen classes; the other entries are of the whole data set. PGD's
+    step is a quarter of eps: that of MNIST's papers is weak where few steps are taken.
     """
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
@@ -759,7 +760,7 @@ def own_facts(name, data_dir, chosen):
     usual = MNIST if channels == 1 else CIFAR10
     in_use = counts if chosen is None else counts[[c for c in chosen if c < classes]]
     return dict(classes=classes, shape=(channels, height, width), images=int(in_use.sum()),
-                eps=usual["eps"], step=usual["step"], mean=mean, std=std)
+                eps=usual["eps"], step=usual["eps"] / 4, mean=mean, std=std)
 
 
 def pixel_statistics(images):
@@ -1316,9 +1317,12 @@ def check_logits(model, name, facts):
         except Exception:
             raise too_small(name, facts, error)
     shape = tuple(getattr(logits, "shape", ()))
+    if not torch.is_tensor(logits):
+        raise UsageError(f"--model {name}: gives {type(logits).__name__}, it must return the "
+                         f"logits alone, (1, {facts['classes']}) for one image of {facts['name']}")
     if shape not in ((1, facts["classes"]), (2, facts["classes"])):
-        raise UsageError(f"--model {name}: gives {shape or type(logits).__name__} for one image "
-                         f"of {facts['name']}, it must be (1, {facts['classes']})")
+        raise UsageError(f"--model {name}: gives {shape} for one image of {facts['name']}, it "
+                         f"must be (1, {facts['classes']})")
     if not logits.is_floating_point():
         raise UsageError(f"--model {name}: gives {logits.dtype}, logits must be floating numbers")
 
@@ -2222,10 +2226,12 @@ def load_weights(model, content, path):
     place, state = (fitting or found)[0]
     if len(fitting) > 1:
         others = ", ".join(place for place, _ in fitting[1:])
-        print(f"{path}: the weights are those of {place!r}, the file also holds {others}")
+        print(f"{path}: the weights are those of {place!r}, the file also holds {others} (save "
+              "one alone to take it)")
     weights = fitted(state, own)
     if weights is None:
-        raise UsageError(f"{path}: its weights do not fit the model ({misfit(state, own)})")
+        raise UsageError(f"{path}: its weights do not fit the model ({misfit(state, own)})"
+                         f"{own_code_hint(model)}")
     for name, _ in model.net.named_parameters():
         kind = getattr(weights.get(name), "dtype", torch.float32)
         if getattr(weights.get(name), "is_meta", False):
@@ -2239,7 +2245,8 @@ def load_weights(model, content, path):
     except Exception as error:  # of a network of the user's own, too
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         reason = reason.rpartition("an exception occurred : ")[2]
-        raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})")
+        raise UsageError(f"{path}: its weights do not fit the model ({shortened(reason)})"
+                         f"{own_code_hint(model)}")
 
 
 def same_shapes(weights, own):
@@ -2291,6 +2298,13 @@ def misfit(state, own):
     if surplus:
         words.append(f"the model lacks {shortened(', '.join(surplus), 100)}")
     return "; ".join(words) or "two of its names are one without their prefixes"
+
+
+def own_code_hint(model):
+    """The end of a message about weights that do not fit one of this project's networks."""
+    if model.code:
+        return ""
+    return "; this is our network of that name: yours is --model path/to/file.py:function"
 
 
 def without_heads(names):
@@ -2448,7 +2462,7 @@ def load_model(path, weights="best", device="cpu", facts=None, architecture=None
     if ".py:" in name:
         if not architecture or ".py:" not in architecture:
             raise UsageError(f"{path}: {name} builds its network and is not run unasked: give "
-                             "--model")
+                             "--model path/to/file.py:function")
         name = architecture
     facts = checkpoint_facts(checkpoint)
     model = build_model(name, facts, checkpoint["normalize"], device)

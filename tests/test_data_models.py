@@ -244,7 +244,7 @@ def test_facts_of_the_users_own_data(tmp_path, shape, like):
     assert facts["classes"] == 4
     assert facts["images"] == 30
     assert facts["chosen"] is None
-    assert facts["eps"] == common.DATASETS[like]["eps"]
+    assert facts["eps"] == common.DATASETS[like]["eps"] == 4 * facts["step"]
     for channel in range(channels):
         values = images[..., channel].astype(float) / 255
         assert facts["mean"][channel] == pytest.approx(values.mean())

@@ -169,6 +169,17 @@ def make():
 
 def no_network():
     return 3
+
+class WithFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return self.net(x), x
+
+def with_features():
+    return WithFeatures()
 """
 
 
@@ -252,9 +263,10 @@ def test_foreign_checkpoints(foreign, tmp_path, capsys):
         accuracies.append([line.split()[:2] for line in table.splitlines()[1:]])
     assert accuracies[0] == accuracies[1]
     assert "clean" in tables[0]
-    wrong = [("lenet+", "do not fit"),
+    wrong = [("lenet+", "do not fit .*yours is --model path/to/file.py:function"),
              (f"{folder}/none.py:make", "none.py"),
              (f"{folder}/net.py:no_network", "must return a torch.nn.Module"),
+             (f"{folder}/net.py:with_features", "gives tuple, it must return the logits alone"),
              (f"{folder}/net.py:absent", "absent")]
     for model, named in wrong:
         with pytest.raises(common.UsageError, match=named):
