@@ -2904,10 +2904,12 @@ class Run:
                  f"trains in {self.precision} on {self.provenance['hardware']}; writes "
                  f"{self.path}, {self.log_path.name} (this log) and {self.resume_path.name} (for "
                  "--resume)"]
+        others = "columns"
         if len(val.labels):
+            others = "the others"
             lines.append("columns with %: accuracy on the validation images (chance: "
                          f"{100 / self.facts['classes']:.3g} %); {attacks}")
-        lines.append("the others: lr of the epoch's last step; means of the loss and its terms; "
+        lines.append(f"{others}: lr of the epoch's last step; means of the loss and its terms; "
                      "seconds of training alone; left: until the end")
         for line in lines:
             print(textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False,
