@@ -23,8 +23,8 @@ The budget is the same for all: 49,000 training images, 1,000 for validation, WR
 learning rate with the same peak, random crops and flips, bfloat16, seed 0, the last epoch's
 weights, attacks of 7 steps of 2/255. What is the method's own is the paper's."""
 DEVIATIONS = """\
-* The papers train for 30 to 200 epochs, on wider networks, and choose the best epoch. So the
-  numbers are lower than theirs, and say nothing about long training.
+* The papers train for 30 to 200 epochs, on wider networks, and choose the best epoch. These
+  numbers are not to be compared with theirs, and say nothing about long training.
 * ATLAS's eps grows for 2 epochs, not 15. IAAT's warm-up is 1 epoch, not 5.
 * DRA has 5 clean epochs and 5 of fine-tuning, the last one clean.
 * The saliency student's teacher is the PGD-AT row; its training is not in the student's minutes.
