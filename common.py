@@ -281,7 +281,7 @@ def training_flags(flag, notes):
          "(%(default)s)")
     flag("--weight-decay", type=number(0), help="weight decay of SGD (%(default)s)")
     flag("--momentum", type=number(0, 1), help="momentum of SGD (%(default)s)")
-    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, 8/255 or 0.031"
+    flag("--eps", type=unit, help="radius of the adversary in [0, 1] units, as 8/255 or 0.031"
          f"{added['eps']} (%(default)s)")
     flag("--attack-mode", choices=["eval", "train"], default="eval", help="mode of BatchNorm and "
          "dropout while a training attack runs (%(default)s)")

@@ -269,7 +269,7 @@ def method_flags(flag, losses):
     flag("--pretrain-epochs", type=common.count, help="epochs of the first phase (%(default)s)")
     flag("--pretrain-lr", type=common.number(0, above=True), help="learning rate of the first "
          "phase, its highest (%(default)s)")
-    flag("--lam", type=common.number(0), help="1/lambda of TRADES, lambda of MART "
+    flag("--lam", type=common.number(0), help="weight of TRADES's KL, 1/lambda; MART's lambda "
          "(%(default)s)")
     flag("--dual-lr", type=common.number(0), help="dual: step of the ascent on lambda "
          "(%(default)s)")

@@ -8,7 +8,7 @@
 
 NAME-STEPSxRESTARTS:EPS@STEP names an attack. A sample counts as broken at the first step that
 misclassifies it, and is attacked no further: never weaker than judging the last step alone.
-Evaluation is in float32, TF32 off, unless told otherwise. Outcomes go to run.eval.json, facts of
+Evaluation is in float32 or --precision; TF32 is off. Outcomes go to run.eval.json, facts of
 each sample to run.eval.npz, both under the sha256 of the weights that they belong to: nothing of
 an earlier network on the same path remains, and what was measured is not run again.
 """
@@ -161,7 +161,7 @@ def attack_flags(flag):
          "from this network; may be repeated")
     flag("--transfer", help="the attacks made on surrogates "
          f"({QUICK_LOOK['transfer']}; with --protocol the paper's, if it has any)")
-    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, 8/255 or 0.031, and "
+    flag("--eps", type=common.unit, help="L-infinity radius in [0, 1] units, as 8/255, and "
          "dra's mean change (as in training: of DRA its --pgd-eps and its --eps; with --protocol "
          "the data set's usual radius)")
     flag("--step-size", type=common.unit, help="step of PGD in [0, 1] units (the data set's usual "
@@ -176,7 +176,7 @@ def attack_flags(flag):
     flag("--judge", choices=["any", "last"], default="any", help="a sample is broken by any step "
          "that misclassifies it, or by the last step of a restart alone (%(default)s)")
     flag("--limit", type=common.natural, help="evaluate a fixed random subset of N test images; "
-         f"0: all ({QUICK_LOOK['limit']}; with --protocol all, fewer under its slowest attacks)")
+         f"0: all ({QUICK_LOOK['limit']}; with --protocol: all images, fewer under slow attacks)")
     flag("--seed", type=common.number(0, 2 ** 63 - 1, kind=int), default=0, help="seed of the "
          "attacks (%(default)s)")
 

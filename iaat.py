@@ -298,7 +298,8 @@ def method_flags(flag, methods):
          "(%(default)s)")
     flag("--gamma", type=common.unit, help="how far an eps is tried to grow or shrink, and the "
          "line search's grid step, in [0, 1] units (%(default)s)")
-    flag("--beta", type=common.number(0, 1), help="share of the new eps in memory (%(default)s)")
+    flag("--beta", type=common.number(0, 1), help="weight of the new eps in an "
+         "image's running average (%(default)s)")
     flag("--eps-rule", choices=["paper", "authors"], default="paper", help="paper: misclassified "
          "images train clean; authors: their eps shrinks, and they train at it (%(default)s)")
     flag("--warmup", type=common.natural, help="epochs with --eps for all images; 0: none, tables "
@@ -311,7 +312,7 @@ def method_flags(flag, methods):
          "failure: no radius is tried above an image's first one that fails (%(default)s)")
     flag("--attack-steps", type=common.count, help="steps of the training PGD (%(default)s)")
     flag("--select-steps", type=common.count, help="steps of the PGD that sets eps (%(default)s)")
-    flag("--step-size", type=common.unit, help="step of the training PGD, the smallest one where "
+    flag("--step-size", type=common.unit, help="step of the training PGD, the least one where "
          "eps differs, in [0, 1] units (%(default)s)")
     flag("--targeted", action=argparse.BooleanOptionalAction, help="attack towards a random wrong "
          "class in training (%(default)s)")

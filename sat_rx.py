@@ -303,8 +303,8 @@ def method_flags(flag, methods):
     """The flags of the methods. flag: the add_argument of a group."""
     flag("--method", metavar="NAME", choices=methods, default="r2", help="one of the above "
          "(%(default)s)")
-    flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; TRADES divides "
-         "its KL term by it (%(default)s)")
+    flag("--lam", type=common.number(0), help="lambda, the regulariser's weight; TRADES: the "
+         "weight of its KL, 1/lambda (%(default)s)")
     flag("--tau", type=common.number(0, 1), help="R3: the loss at --eps-low is penalised where it "
          "exceeds tau times the loss at --eps (%(default)s)")
     flag("--k", type=common.count, help="R1: pairs of FGSM and IFGSM samples of a batch "

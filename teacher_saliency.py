@@ -553,7 +553,7 @@ def teacher_flags(flag):
     flag("--teacher-warmup", type=common.natural, help="first epochs of it in which the radius "
          "grows; without, it stays at chance on MNIST (%(default)s)")
     flag("--attack-steps", type=common.count, help="steps of the teacher's PGD (%(default)s)")
-    flag("--step-size", type=common.unit, help="step of the teacher's PGD and the smallest of "
+    flag("--step-size", type=common.unit, help="step of the teacher's PGD, and the least of "
          "validation's, in [0, 1] units (%(default)s)")
 
 
