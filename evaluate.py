@@ -1599,16 +1599,22 @@ def draw_images(plt, scene):
                  "adversarial": logits_of(model, x_adv).argmax(1).tolist()}
     rows = dict(clean=x, adversarial=x_adv, difference=0.5 + (x_adv - x) / (2 * scene.eps),
                 saliency=map_pictures(gradient))
-    figure, axes = plt.subplots(4, len(x), figsize=(1.4 * len(x), 6.6), layout="constrained",
-                                squeeze=False)
-    for line, (row, images) in zip(axes, rows.items()):
-        for column, (ax, image) in enumerate(zip(line, images)):
-            show(ax, image)
-            if row in names:
-                name_prediction(ax, names[row][column], y[column].item())
-        line[0].set_ylabel(row)
+    figure = image_rows(plt, rows, names, y)
     figure.suptitle(f"{network_name(scene.checkpoint)}: PGD-40 at eps {common.shown(scene.eps)}; "
                     "red: misclassified")
+    return figure
+
+
+def image_rows(plt, rows, predicted, y):
+    """A figure with a row of images for each name; predicted: name -> classes above its images."""
+    figure, axes = plt.subplots(len(rows), len(y), figsize=(1.4 * len(y), 1.65 * len(rows)),
+                                layout="constrained", squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for column, (ax, image) in enumerate(zip(line, images)):
+            show(ax, image)
+            if name in predicted:
+                name_prediction(ax, predicted[name][column], y[column].item())
+        line[0].set_ylabel(name)
     return figure
 
 
@@ -1650,13 +1656,10 @@ def draw_maps(plt, scene):
             rows[name], _ = common.input_gradient(model, x, y, loss=loss)
     cosine = torch.nn.functional.cosine_similarity(rows["teacher"].flatten(1),
                                                    rows["student"].flatten(1))
-    figure, axes = plt.subplots(3, len(x), figsize=(1.4 * len(x), 5), layout="constrained",
-                                squeeze=False)
-    for line, (name, images) in zip(axes, rows.items()):
-        for ax, image in zip(line, images if name == "image" else map_pictures(images)):
-            show(ax, image)
-        line[0].set_ylabel(name)
-    for ax, value in zip(axes[2], cosine.tolist()):
+    for name in ("teacher", "student"):
+        rows[name] = map_pictures(rows[name])
+    figure = image_rows(plt, rows, {}, y)
+    for ax, value in zip(figure.axes[2 * len(x):], cosine.tolist()):
         ax.set_title(f"cosine {value:.2f}", fontsize=8)
     figure.suptitle(f"{network_name(scene.checkpoint)}: saliency maps, eps "
                     f"{trained_radius(scene.checkpoint)}")
@@ -1711,14 +1714,7 @@ def draw_dra_images(plt, scene):
     largest = changes.abs().amax((0, 2, 3, 4)).clamp(min=1e-30)[:, None, None, None]
     for name, change in zip(list(rows)[1:], changes):
         rows[f"by {name.partition(',')[0]}"] = 0.5 + change / (2 * largest)
-    figure, axes = plt.subplots(5, len(x), figsize=(1.4 * len(x), 8.2), layout="constrained",
-                                squeeze=False)
-    for line, (name, images) in zip(axes, rows.items()):
-        for column, (ax, image) in enumerate(zip(line, images)):
-            show(ax, image)
-            if name in predicted:
-                name_prediction(ax, predicted[name][column], y[column].item())
-        line[0].set_ylabel(name)
+    figure = image_rows(plt, rows, predicted, y)
     figure.suptitle(f"{network_name(scene.checkpoint)}: red: misclassified; below: the changes")
     return figure
 
@@ -2289,7 +2285,7 @@ def print_protocol(protocol, dataset, outcomes):
     others = [other["table"] for other in table.get("more", [])]
     if others:
         print(f"More of the paper on {dataset}: {', '.join(others)}. Their rows are in "
-              "results/papers.json, their commands in results/README.md.")
+              "results/papers.json, their commands in results/tables.md.")
 
 
 def canonical(name):

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import speed
-from cells import numbers_table, table
+from cells import numbers_table, table, verdict_of
 from runs import method, named, number
 
 ROWS = ("nt", "fgsm-at", "adv", "pgd-at", "r1", "r2", "r3", "atlas", "iaat", "dra", "align",
@@ -48,13 +48,6 @@ def passes(facts, found):
     return step["counted"] / 3 if step else None
 
 
-def sign(facts):
-    """What --sanity found, in a word or two."""
-    if "verdict" not in facts:
-        return "not run"
-    return facts["verdict"].removeprefix("verdict: ").removeprefix("sound, ").partition(":")[0]
-
-
 def budget_table(groups, claims, folder, prefix=""):
     """The table of all rows, the most robust first. prefix: of links to the folder."""
     found = speed.read(folder)
@@ -74,7 +67,7 @@ def budget_table(groups, claims, folder, prefix=""):
             files += f", [weights]({prefix}weights/{name}.pt)"
         cost = passes(facts, found)
         minutes = speed.minutes(found, facts, cost)
-        return [sign(facts), f"{cost:.3g}" if cost else "-",
+        return [verdict_of(facts), f"{cost:.3g}" if cost else "-",
                 f"{minutes:.0f}" if minutes else "-", files]
     heads, cells = numbers_table([group for _, group in chosen],
                                  ["clean", "fgsm", "pgd-20", "pgd-100", "aa"], first, last,

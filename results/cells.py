@@ -99,3 +99,10 @@ def numbers_table(groups, columns, first, last, spread=lambda column: True):
         cells = [written(value, n, spread(column)) for value, n, column in zip(row, ns, columns)]
         rows.append([*first(group), *cells, *last(group)])
     return heads, rows
+
+
+def verdict_of(facts):
+    """What --sanity found, in a word or two."""
+    if "verdict" not in facts:
+        return "not run"
+    return facts["verdict"].removeprefix("verdict: ").removeprefix("sound, ").partition(":")[0]

@@ -23,7 +23,7 @@ import evaluate
 import speed
 import tables
 from cells import (SEEDS, links, name_with_mark, named_once, numbers_table, table, title,
-                   trained_on, written)
+                   trained_on, verdict_of, written)
 from runs import (VERDICTS, alone, asked, claim_text, commands, commits, common_n, compare, counted,
                   epochs, grouped, label, load, main_groups, method, name_of, named, needs, number,
                   older, ordered, seed, seeds_of, sets, threshold, trained)
@@ -56,6 +56,16 @@ WORDS = {  # of results/README.md
 
 # ----------------------------------------------------------------------------------------- tables
 
+def set_letters(members):
+    """{a group's label: the letter of its set, "-" where it is alone}. members: lists of groups."""
+    letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    found = {}
+    for alike in members:
+        one = next(letters) if len(alike) > 1 else "-"
+        found.update({label(group): one for group in alike})
+    return found
+
+
 def main_table(groups, claims, folder, prefix="results/"):
     """README's table: script by script, rows that share all settings together, under a letter.
 
@@ -67,11 +77,7 @@ def main_table(groups, claims, folder, prefix="results/"):
     members = []
     for script in dict.fromkeys([*claims, *(group[0].facts["script"] for group in chosen)]):
         members += sets([group for group in chosen if group[0].facts["script"] == script])
-    letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    letter = {}
-    for alike in members:
-        one = next(letters) if len(alike) > 1 else "-"
-        letter.update({label(group): one for group in alike})
+    letter = set_letters(members)
 
     def first(group):
         script = group[0].facts["script"]
@@ -157,9 +163,9 @@ def verdicts(folder):
         facts = json.loads(path.read_text())
         failed = [f"{finding['sign']}: {finding['text']}" for finding in facts["findings"]
                   if finding["passed"] is False]
-        verdict = facts["verdict"].removeprefix("verdict: ").partition(":")[0]
-        if verdict.startswith("sound, "):
-            verdict = verdict.removeprefix("sound, ") + " (says nothing about robustness)"
+        verdict = verdict_of(facts)
+        if facts["verdict"].startswith("verdict: sound, "):
+            verdict += " (says nothing about robustness)"
         rows.append([f"[{path.stem.removeprefix('verdict-')}]({path.name})", verdict,
                      "<br>".join(failed) or "-"])
     return table(["network", "verdict", "signs that were found"], rows) if rows else "not run"
@@ -352,12 +358,14 @@ def index(groups, claims, folder, extra):
     parts = ["# Results", "Made by `python results/report.py`; `--check` fails where a table and "
              "the JSON files disagree. Pages: " + ", ".join(
                  f"[{about['name']}]({about['page']})" for about in claims.values()) + ", "
-             f"[every table of the papers](tables.md){others}.",
+             f"[the commands of every table of the papers](tables.md){others}.",
              "Accuracy in % at the data set's usual eps, in brackets the 95 % interval. \\*: an "
              "older run. A method's two files of one seed are one network, evaluated twice.",
              files_table(files),
              "![All methods, clean accuracy against AutoAttack](figures/methods.png)",
              "## Names", "\n".join(f"* {name}: {words}" for name, words in WORDS.items()),
+             "## Every table of the five papers", tables.RUN,
+             table(*tables.every_table(groups, claims, folder)),
              "## Commands", "The pages have commands for every number. A file keeps the "
              "evaluations that are listed here, an older one only its last."]
     parts += [file_part(name, network, folder) for name, network in files.items()]
@@ -399,7 +407,7 @@ def pages(folder, readme_path):
     groups = ordered(grouped(load(folder)), claims)
     drawn = draw.collect(groups)
     more = {"speed.md": speed.page(folder), "cifar10.md": budget.page(groups, claims, folder),
-            "tables.md": tables.page(groups, claims, folder)}
+            "tables.md": tables.page(claims, folder)}
     more = {name: text for name, text in more.items() if text}
     texts = {readme_path: readme(readme_path, groups, claims, folder),
              folder / "README.md": index(groups, claims, folder, more)}

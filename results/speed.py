@@ -6,10 +6,13 @@ were measured beside other work cannot be compared.
 """
 
 import json
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 from cells import table
 
-TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000}
 NAMES = {"pgd-at": "pgd-at-7", "trades": "trades-7", "finetune": "dra"}  # there -> here
 NOTES = """\
 * A step is as fast as its bare passes where "of its bare passes" is 1. Where it is below, two
@@ -105,6 +108,6 @@ def minutes(found, facts, passes):
         ms = pgd_at["ms"] * passes / (pgd_at["counted"] / 3)
     else:
         return None
-    images = args["limit"] or TRAINING_IMAGES[args["dataset"]]
-    steps = (images - args["val"]) // args["batch_size"] * len(facts["history"])
-    return ms * steps / 60_000
+    images = args["limit"] or common.DATASETS[args["dataset"]]["images"]
+    steps = common.steps_per_epoch(images - args["val"], args["batch_size"])
+    return ms * steps * len(facts["history"]) / 60_000

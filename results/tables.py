@@ -1,8 +1,8 @@
 """Every table and figure of the five papers: its commands, and what of it has been run here.
 
-The page is tables.md. papers.json has the tables' rows: a main table for each data set, the others
-in its "more". Under
-"commands" is the list of the page. The keys of an entry:
+Commands are in tables.md, the rest in README.md's table. papers.json has the tables' rows: a main
+table for each data set, the others in its "more". Under "commands" is the list. The keys of an
+entry:
     table, shows, commands    its name, what it shows, lines of bash
     none                      why there is no command
     data                      the data sets whose table tells what was run, by claims.json's "rows"
@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
-from cells import table
 from runs import asked, method, named, number
 
 COUNTS = ("epochs", "epochs_fixed", "attack_steps", "align_epochs", "k_epochs", "teacher_epochs",
@@ -29,10 +28,11 @@ COUNTS = ("epochs", "epochs_fixed", "attack_steps", "align_epochs", "k_epochs", 
 
 ABOUT = ("The commands are lines of bash, from the project's folder, with the papers' settings. A "
          "table may need networks of other tables of its paper: their names begin alike. On a CPU "
-         "`--protocol` gives its slowest attacks fewer images. What was run is seen from the JSON "
-         "files of this folder; the numbers are on the papers' pages. A row that is not named was "
-         "not run here, or is another paper's. smaller: a smaller or other network, some of the "
-         "images, fewer epochs or attack steps.")
+         "`--protocol` gives its slowest attacks fewer images.")
+RUN = ("A table's name links its commands. What was run is seen from the JSON files of this "
+       "folder; the numbers are on the papers' pages. A row that is not named was not run here, or "
+       "is another paper's. smaller: a smaller or other network, some of the images, fewer epochs "
+       "or attack steps.")
 
 
 def printed_table(entry, main):
@@ -141,33 +141,41 @@ def what_was_run(entry, about, groups, papers):
     return "<br>".join(parts) or "not run"
 
 
-def page(groups, claims, folder):
-    """The text of tables.md: for each paper what was run, then the commands in blocks to copy."""
+def listed(claims, folder):
+    """(what claims.json says of a paper, its entries) for each paper."""
     papers = json.loads((folder / "papers.json").read_text())
-    parts = ["# Every table and figure of the five papers", "Made by `python results/report.py` "
-             "from papers.json and the JSON files of this folder. The numbers are on the papers' "
-             "pages.", ABOUT]
     for script, about in claims.items():
         entries = papers.get("commands", {}).get(about["protocol"], [])
         if entries:
-            parts += paper_part(dict(about, script=script), entries, groups, papers)
+            yield dict(about, script=script), entries
+
+
+def every_table(groups, claims, folder):
+    """(heads, rows) of README.md's table: what each shows, and whether it has been run."""
+    papers = json.loads((folder / "papers.json").read_text())
+    rows = []
+    for about, entries in listed(claims, folder):
+        for entry in entries:
+            name = entry["table"]
+            ran = f"no command: {entry.get('none')}"
+            if "none" not in entry:
+                name = f"[{name}](tables.md#{about['name'].lower().replace(' ', '-')})"
+                ran = what_was_run(entry, about, groups, papers)
+            rows.append([f"[{about['name']}]({about['page']})", name, entry["shows"], ran])
+    return ["paper", "table", "what it shows", "run here"], rows
+
+
+def page(claims, folder):
+    """The text of tables.md: the commands of each paper's tables, in blocks to copy."""
+    parts = ["# The commands of every table and figure of the five papers", "Made by `python "
+             "results/report.py` from papers.json. [README.md](README.md) says what was run.",
+             ABOUT]
+    for about, entries in listed(claims, folder):
+        parts.append(f"## {about['name']}")
+        for entry in entries:
+            if "none" not in entry:
+                lines = "\n".join(entry["commands"])
+                note = f" ({entry['note']})" if "note" in entry else ""
+                parts.append(f"{entry['table']}, {entry['shows']}{note}:\n\n"
+                             f"```bash\n{lines}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-def paper_part(about, entries, groups, papers):
-    """A paper's table and its commands."""
-    given = [entry for entry in entries if "none" not in entry]
-    rows = [[entry["table"], entry["shows"], what_was_run(entry, about, groups, papers)]
-            for entry in given]
-    without = "; ".join(f"{entry['table']}: {entry['none']}" for entry in entries
-                        if "none" in entry)
-    parts = [f"## [{about['name']}]({about['page']})",
-             table(["table", "what it shows", "run here"], rows)]
-    if without:
-        parts.append(f"Without a command: {without}.")
-    parts.append(f"### Commands of {about['name']}")
-    for entry in given:
-        lines = "\n".join(entry["commands"])
-        note = f" ({entry['note']})" if "note" in entry else ""
-        parts.append(f"{entry['table']}, {entry['shows']}{note}:\n\n```bash\n{lines}\n```")
-    return parts

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 import atlas
 import common
 import dra_finetune
@@ -30,6 +31,7 @@ import evaluate
 import iaat
 import sat_rx
 import teacher_saliency
+from speed import cell, ratio
 
 WEIGHTS = (1, 2, 3, 6)  # of a forward pass, an input gradient, a training pass, one with both
 QUICK = ("nt", "pgd-at-7", "adv", "atlas")  # the methods on WRN-16-2 with --quick
@@ -175,21 +177,12 @@ def show(title, rows):
     """Print rows, dictionaries with the same keys, as an aligned table."""
     print(f"\n{title}")
     columns = list(rows[0])
-    cells = [columns] + [[shown(row[column]) for column in columns] for row in rows]
+    cells = [columns] + [[cell(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
-        first, *rest = [cell.rjust(width) for cell, width in zip(line, widths)]
+        first, *rest = [text.rjust(width) for text, width in zip(line, widths)]
         print(first.strip().ljust(widths[0]), *rest, sep="  ")
     sys.stdout.flush()
-
-
-def shown(value):
-    """A cell: three digits of a number, "-" for nothing."""
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -263,9 +256,10 @@ def measure_network(name, batch, precision, wanted, args, device):
                      "counted": counted / of_forward,
                      "MiB": peak_mebibytes(steps[key], device)})
     show(f"{title}: steps", rows)
-    if {"adv", "atlas"} <= ms.keys():
-        print(f"ATLAS / one-step ADV: {ms['atlas'] / ms['adv']:.2f}")
-    return dict(network=name, batch=batch, precision=precision, passes=bare, steps=rows)
+    measured = dict(network=name, batch=batch, precision=precision, passes=bare, steps=rows)
+    if ratio(measured):
+        print(f"ATLAS / one-step ADV: {ratio(measured):.2f}")
+    return measured
 
 
 def trained_network(device):
