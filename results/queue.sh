@@ -12,6 +12,9 @@ job=
 train() {  # NAME SCRIPT FLAGS...: OUT/NAME.pt, its log beside it
   local name=$1 script=$2
   shift 2
+  if [ -e "results/weights/$name.pt" ] && [ ! -e "$out/$name.pt" ]; then
+    cp "results/weights/$name.pt" "$out/$name.pt"  # other runs begin with it
+  fi
   if [ -e "$out/$name.done" ] || [ -e "results/$name.json" ]; then return; fi
   [ -e "$out/$name.commit" ] || echo "$commit" > "$out/$name.commit"
   echo "$(date +%T) $name"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The verdict of `evaluate.py --sanity` on networks whose state is known: results/verdict-NAME.json.
 #   results/verdict.sh DATA OUT
-# No sign of masked gradients: adversarially trained and undefended ones. Masked: FGSM training, and verdict_nets.py.
+# No sign of masked gradients: adversarially trained and undefended ones. Masked: FGSM training,
+# and verdict_nets.py.
 # See queue.sh for what happens to a run. MORE="--limit 200 --epochs 1" tries the commands out.
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2")
